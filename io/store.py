@@ -1,0 +1,415 @@
+"""The durable home of tensors: named extents in pre-allocated files, replaced version by version.
+
+How a version stays whole. Every block of a two-sided durable extent has two places. A write goes to the place that
+the last commit does not use, publish() makes the new content what reads see, and commit() makes it what survives: it
+syncs the data files and then replaces the manifest, which holds the side and checksum of every block. So whatever
+stops the program, and wherever, the last manifest describes bytes that nothing has touched since.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from . import files, manifest
+from .backend import Backend, ThreadsBackend
+from .content import FAILED, PENDING, VALID, Content, checker, parts_of, summer, verify_blocks
+from .directfile import DirectFile
+from .errors import IOTimeout, StoreError, from_os_error
+from .faults import ENVIRONMENT, FaultyBackend, parse_rules
+from .manifest import BLOCK, Extent, Manifest, StorePath
+from .request import Batch, Observer, Priority, Request, Transfer
+
+logger = logging.getLogger(__name__)
+
+
+class Store:
+    """Named extents on one or more paths. Made by Store.create or Store.open; all methods may be called from any
+    thread. Requests on the same blocks are not ordered among each other: wait for one before submitting the next."""
+
+    def __init__(
+        self,
+        directories: files.Directories,
+        paths: tuple[StorePath, ...],
+        name: str,
+        contents: dict[str, Content],
+        data: Sequence[DirectFile],
+        backend: Backend,
+    ) -> None:
+        self._directories = directories
+        self.paths = paths
+        self.name = name
+        self.version = 0
+        """Number of the last commit; 0 when there is none yet."""
+        self._contents = contents
+        self._data = tuple(data)
+        self._backend = backend
+        self._meta: dict[str, Any] = {}
+        self._failed = ""
+        self._committing = False
+        self._closed = False
+        self._changed = threading.Condition()
+
+    @classmethod
+    def create(
+        cls,
+        paths: Sequence[StorePath],
+        name: str,
+        extents: Sequence[Extent],
+        *,
+        backend: str = "auto",
+        timeout: float = 120.0,
+    ) -> Store:
+        """A new store `name`, its space reserved on every path. Durable extents read as zeros until written.
+
+        `timeout` is how many seconds a device may make no progress before waiters fail. What a creation that was
+        interrupted before its first commit left under this name is replaced.
+        Raises StoreFull (needed and available bytes, path) with nothing left behind, StoreLocked when another process
+        uses the store, StoreError when a committed store of this name exists.
+        """
+        keys = [extent.key for extent in extents]
+        if len(set(keys)) != len(keys) or not keys:
+            raise StoreError(f"store '{name}': needs at least one extent, and each key once")
+        paths = files.normalized(paths, name)
+        placed, used = manifest.place(extents, [item.size for item in paths])
+        make = _backend_maker(backend, len(paths), timeout)
+        directories = files.Directories.create(paths, name)
+        try:
+            data = directories.reserve(used)
+        except BaseException:
+            directories.remove()
+            raise
+        contents = {extent.key: Content(extent, placed[extent.key]) for extent in extents}
+        for content in contents.values():
+            if content.extent.durable:
+                content.set_zero()
+        return cls(directories, paths, name, contents, data, make())
+
+    @classmethod
+    def open(cls, paths: Sequence[StorePath], name: str, *, backend: str = "auto", timeout: float = 120.0) -> Store:
+        """The store at its last committed version. Sizes come from the manifest, locations from `paths`, whose order
+        must be that of creation; scratch extents have undefined contents.
+
+        Raises StoreError when there is no committed version, the manifest is damaged or a data file is missing or too
+        short; StoreLocked when another process uses the store.
+        """
+        paths = files.normalized(paths, name)
+        make = _backend_maker(backend, len(paths), timeout)
+        if not cls.exists(paths, name):
+            manifest.load(paths[0].path / name)  # says why
+        directories = files.Directories.open(paths, name)
+        try:
+            committed = manifest.load(directories.first)
+            if committed.name != name or len(committed.paths) != len(paths):
+                raise StoreError(
+                    f"the store was created as '{committed.name}' on {len(committed.paths)} paths "
+                    f"({', '.join(str(item.path) for item in committed.paths)}), not as '{name}' on {len(paths)}",
+                    path=directories.first,
+                )
+            placed, used = manifest.place(committed.extents, [item.size for item in committed.paths])
+            data = directories.open_data(used)
+        except BaseException:
+            directories.release()
+            raise
+        contents = {extent.key: Content(extent, placed[extent.key]) for extent in committed.extents}
+        for key, sides in committed.sides.items():
+            contents[key].set_committed(sides, committed.checksums[key])
+        located = tuple(StorePath(given.path, known.size) for given, known in zip(paths, committed.paths, strict=True))
+        store = cls(directories, located, name, contents, data, make())
+        store.version, store._meta = committed.version, committed.meta
+        return store
+
+    @staticmethod
+    def exists(paths: Sequence[StorePath], name: str) -> bool:
+        """Whether a committed version of the store is there (it may still be damaged: see open and verify)."""
+        return (files.normalized(paths, name)[0].path / name / manifest.MANIFEST).is_file()
+
+    @property
+    def extents(self) -> Mapping[str, Extent]:
+        """All extents by key."""
+        return MappingProxyType({key: content.extent for key, content in self._contents.items()})
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What the last commit was given, as it came back from JSON; {} before the first."""
+        with self._changed:
+            return dict(self._meta)
+
+    @property
+    def observer(self) -> Observer | None:
+        """Called after every backend request, with the extent's key as label; see backend.Observer."""
+        return self._backend.observer
+
+    @observer.setter
+    def observer(self, value: Observer | None) -> None:
+        self._backend.observer = value
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from the data files since the store was opened."""
+        return self._backend.bytes_read
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes written to the data files since the store was opened."""
+        return self._backend.bytes_written
+
+    @property
+    def direct(self) -> bool:
+        """Whether all data files bypass the page cache (O_DIRECT)."""
+        return all(file.direct for file in self._data)
+
+    def padded(self, key: str) -> int:
+        """Size of an extent in the store: its bytes rounded up to a page. Reads and writes use this length."""
+        return self._content(key).extent.padded
+
+    def read(self, key: str, offset: int, buffer: Tensor, priority: Priority = Priority.COMPUTE) -> Request:
+        """Fill `buffer` (page-aligned 1-D uint8) with the current content from byte `offset` of the extent on.
+
+        The range must begin at a multiple of BLOCK and end at one or at padded(key), and must not be written while it
+        is read. The request fails with ChecksumError when the bytes are not those that were written; only blocks of a
+        scratch extent that this process has not written go unchecked.
+        """
+        content = self._content(key)
+        blocks = content.span(offset, buffer.numel())
+        with self._changed:
+            self._check_open()
+            sides = content.current[blocks]
+            content.refuse(blocks, sides, "read")
+            known = content.state[sides, blocks]
+            sums = content.sums[sides, blocks]
+        transfers = []
+        for part in parts_of(content, blocks, sides):
+            span = slice(part.first, part.first + part.blocks)
+            file = self._data[part.file]
+            check = checker(key, file.path, part.offset, int(blocks[part.first]), sums[span], known[span])
+            chunk = buffer[part.first * BLOCK : (part.first + part.blocks) * BLOCK]
+            transfers.append(Transfer("read", file, part.offset, chunk, priority, label=key, after=check))
+        return self._submit(Batch(transfers, key))
+
+    def write(self, key: str, offset: int, buffer: Tensor, priority: Priority = Priority.WRITE) -> Request:
+        """Write `buffer` (as for read) at byte `offset` of the extent; it must not change until the request is done.
+
+        A block whose current content is committed is written to its other side, and reads see it after publish(); one
+        that is not is overwritten in place. Blocks that are being committed by another thread are waited for.
+        Raises StoreError when a block has a write under way, for a durable extent of one side after its first commit,
+        and when the store has failed.
+        """
+        content = self._content(key)
+        blocks = content.span(offset, buffer.numel())
+        with self._changed:
+            self._check_usable()
+            self._wait_for_commit(content, blocks)
+            current = content.current[blocks]
+            committed = current == content.committed[blocks]
+            if committed.any() and content.extent.sides == 1:
+                raise StoreError(
+                    f"cannot write extent '{key}': it has one side, and its content was committed",
+                    advice="Give it two sides to change it after the first commit.",
+                )
+            target = np.where(committed, 1 - current, current).astype(np.uint8)
+            pending = content.state[target, blocks] == PENDING
+            if pending.any():
+                raise StoreError(
+                    f"cannot write extent '{key}', block {int(blocks[pending][0])}: it is still being written: "
+                    "wait for the write first"
+                )
+            sums = np.zeros(len(blocks), np.uint64)
+            transfers = []
+            for part in parts_of(content, blocks, target):
+                chunk = buffer[part.first * BLOCK : (part.first + part.blocks) * BLOCK]
+                compute = summer(sums[part.first : part.first + part.blocks])
+                file = self._data[part.file]
+                transfers.append(Transfer("write", file, part.offset, chunk, priority, label=key, before=compute))
+            content.state[target, blocks] = PENDING
+            content.staged[blocks] = committed
+
+        def settle(error: StoreError | None) -> None:
+            with self._changed:
+                content.sums[target, blocks] = sums
+                content.state[target, blocks] = VALID if error is None else FAILED
+
+        return self._submit(Batch(transfers, key, settle))
+
+    def publish(self, key: str) -> None:
+        """Make what was written since the last publish() the current content, atomically. Blocks not written keep
+        theirs. Raises StoreError, and changes nothing, when a write of the extent is under way or has failed."""
+        content = self._content(key)
+        with self._changed:
+            self._check_open()
+            target = np.where(content.staged, 1 - content.current, content.current).astype(np.uint8)
+            content.refuse(np.arange(content.extent.blocks), target, "publish")
+            content.current[:] = target
+            content.staged[:] = False
+
+    def commit(self, meta: dict[str, Any]) -> int:
+        """Make the current content of all durable extents, and `meta` (JSON), version + 1; return that number.
+
+        Writes must have been waited for; those of blocks that are written but not published do not belong to it.
+        Raises StoreError when a block's last write is under way or failed, or when the device fails: the last
+        committed version is then intact. If the device failed at a point after which nothing can be said of what it
+        holds, the store refuses further writes and commits; reopened, it is at the old version or the new, whole.
+        """
+        meta = json.loads(json.dumps(meta))
+        with self._changed:
+            self._check_usable()
+            if self._committing:
+                raise StoreError(f"store '{self.name}': another thread is committing")
+            durable = {key: content for key, content in self._contents.items() if content.extent.durable}
+            sides, sums = {}, {}
+            for key, content in durable.items():
+                blocks = np.arange(content.extent.blocks)
+                content.refuse(blocks, content.current, "commit")
+                sides[key] = content.current.copy()
+                sums[key] = content.sums[content.current, blocks]
+            version = self.version + 1
+            self._committing = True
+        # Until the outcome is known, assume the worst: that this commit may be what a reopened store finds.
+        unusable = "it was interrupted"
+        try:
+            extents = tuple(content.extent for content in self._contents.values())
+            new = Manifest(self.name, version, self.paths, extents, sides, sums, meta).encode()
+            # A failed sync of data is final: the kernel reports it once and may have dropped the pages.
+            for request in [self._backend.sync(file) for file in self._data]:
+                request.wait()
+            try:
+                self._write_manifest(new)
+            except IOTimeout:
+                raise  # it may still be under way
+            except StoreError:
+                unusable = ""  # the old manifest stands and the new one is gone: commit() can be called again
+                raise
+            self._replace_manifest()
+            with self._changed:
+                for key, content in durable.items():
+                    content.committed[:] = sides[key]
+                self.version, self._meta = version, meta
+                unusable = ""
+        except StoreError as error:
+            unusable = unusable and str(error)
+            raise
+        finally:
+            with self._changed:
+                self._failed = unusable
+                self._committing = False
+                self._changed.notify_all()
+        return version
+
+    def _write_manifest(self, data: bytes) -> None:
+        path = self._directories.first / manifest.TEMPORARY
+        self._backend.sync(self._data[0], lambda: manifest.write_temporary(path.parent, data), path).wait()
+
+    def _replace_manifest(self) -> None:
+        path = self._directories.first / manifest.MANIFEST
+        self._backend.sync(self._data[0], lambda: manifest.put_in_place(path.parent), path).wait()
+
+    def verify(self) -> list[str]:
+        """Read the committed version and describe every block that cannot be read or fails its checksum.
+
+        Raises StoreError when a commit happens meanwhile.
+        """
+        version = self.version
+        problems = verify_blocks(self._contents.values(), self._data, self._backend) if version else []
+        if self.version != version:
+            raise StoreError(f"store '{self.name}': version {self.version} was committed during verify(): run it again")
+        return problems
+
+    def close(self) -> None:
+        """Fail queued requests, let running ones finish, give the lock back. Idempotent, and never hangs: requests
+        that a hung device does not finish are failed too. What was not committed is lost."""
+        self._shut(self._directories.release)
+
+    def destroy(self) -> None:
+        """close(), and delete the store with all its versions. Raises StoreError on a store that was closed before."""
+        if self._closed:
+            raise StoreError(f"store '{self.name}' is closed: open it to destroy it", path=self._directories.first)
+        self._shut(self._directories.remove)
+
+    def _shut(self, leave: Callable[[], None]) -> None:
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+            self._changed.notify_all()
+        if self._backend.close():
+            for file in self._data:
+                file.close()
+            try:
+                leave()
+            except OSError as error:
+                raise from_os_error(error, "cannot delete the store", error.filename) from error
+        else:
+            # Bytes may still arrive: neither the file descriptors nor the lock may be given to anyone else.
+            logger.warning("store '%s' in %s: the device hangs; locked until exit", self.name, self._directories.first)
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _content(self, key: str) -> Content:
+        try:
+            return self._contents[key]
+        except KeyError:
+            raise StoreError(f"store '{self.name}' has no extent '{key}'", path=self._directories.first) from None
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreError(f"store '{self.name}' is closed", path=self._directories.first)
+
+    def _check_usable(self) -> None:
+        self._check_open()
+        if self._failed:
+            raise StoreError(
+                f"store '{self.name}' stopped at version {self.version} because a commit failed ({self._failed})",
+                advice="Close it and open it again: it will be at that version or the next, whole.",
+            )
+
+    def _wait_for_commit(self, content: Content, blocks: npt.NDArray[np.intp]) -> None:
+        """While a commit runs, both sides of a block that it changes are needed."""
+        deadline = time.monotonic() + self._backend.timeout
+        while (
+            self._committing and content.extent.durable and (content.current[blocks] != content.committed[blocks]).any()
+        ):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise IOTimeout(
+                    f"write of extent '{content.extent.key}': the commit under way does not end",
+                    path=self._directories.first / manifest.MANIFEST,
+                    offset=0,
+                )
+            self._changed.wait(left)
+            self._check_usable()
+
+    def _submit(self, batch: Batch) -> Request:
+        for transfer in batch.children:
+            try:
+                self._backend.submit(transfer)
+            except StoreError as error:  # closed meanwhile; the others may be under way, so the batch must say it
+                transfer.finish(error)
+        return batch
+
+
+def _backend_maker(kind: str, paths: int, timeout: float) -> Callable[[], Backend]:
+    """Checks the choice of a backend, and the fault rules of the environment, before anything is touched."""
+    if kind not in ("auto", "threads"):
+        raise StoreError(f"unknown I/O backend '{kind}'", advice='Use "auto" or "threads".')
+    rules = os.environ.get(ENVIRONMENT, "")
+    parse_rules(rules)
+
+    def make() -> Backend:
+        backend = ThreadsBackend(4 * paths, timeout=timeout)
+        return FaultyBackend(backend, rules) if rules else backend
+
+    return make

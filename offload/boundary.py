@@ -1,0 +1,352 @@
+"""Boundaries around units: each micro-batch's forward is a coroutine that stops before every unit.
+
+A boundary cuts the autograd graph: a unit runs without grad on detached inputs and its outputs become leaves, so that
+nothing of the unit stays alive but what is recorded. Backward runs the unit again with grad (or uses the graph that was
+kept for the last unit), then pushes the input gradients through what the model computes between units, the *glue*.
+The model's own `forward` runs everything else; nothing here knows any architecture.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from offload import capture
+from offload.errors import OffloadError
+from offload.units import Unit
+
+
+@dataclass
+class ThreadState:
+    """What torch keeps per thread and a coroutine switch would leak: RNG, grad mode and autocast."""
+
+    rng: Tensor
+    cuda_rng: Tensor | None
+    grad: bool
+    autocast: bool
+    autocast_dtype: torch.dtype
+    autocast_cache: bool
+
+    @classmethod
+    def now(cls, device: str) -> ThreadState:
+        return cls(
+            torch.get_rng_state(),
+            torch.cuda.get_rng_state() if device == "cuda" else None,
+            torch.is_grad_enabled(),
+            torch.is_autocast_enabled(device),
+            torch.get_autocast_dtype(device),
+            torch.is_autocast_cache_enabled(),
+        )
+
+    def apply(self, device: str) -> None:
+        torch.set_rng_state(self.rng)
+        if self.cuda_rng is not None:
+            torch.cuda.set_rng_state(self.cuda_rng)
+        torch.set_grad_enabled(self.grad)
+        torch.set_autocast_enabled(device, self.autocast)
+        torch.set_autocast_dtype(device, self.autocast_dtype)
+        torch.set_autocast_cache_enabled(self.autocast_cache)
+
+
+@contextmanager
+def thread_state(state: ThreadState, device: str) -> Iterator[None]:
+    """Run with `state` and put the caller's own state back."""
+    mine = ThreadState.now(device)
+    state.apply(device)
+    try:
+        yield
+    finally:
+        mine.apply(device)
+
+
+@dataclass
+class Record:
+    """One pass of one micro-batch through one unit: what backward needs to run it again."""
+
+    unit: Unit
+    forward: Callable[..., Any]
+    inputs: list[Any]  # flattened arguments as the model gave them: glue tensors or leaves of earlier units
+    spec: pytree.TreeSpec
+    state: ThreadState
+    leaves: list[Any]  # flattened outputs; floating tensors are leaves whose .grad arrives from later units
+    side: list[tuple[str, int, Tensor]]  # (collector key, position within this unit's own, leaf)
+    collected: list[str] | None
+    differentiable: bool
+    changed_buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (buffer, its value before the forward)
+    kept: tuple[list[Any], list[Any]] | None = None  # (detached inputs, outputs with their graph)
+
+    def boundary_bytes(self) -> int:
+        """Bytes of the output leaves, counting each storage once."""
+        sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.leaves if torch.is_tensor(t)}
+        return sum(sizes.values())
+
+
+class MicroBatch:
+    """One micro-batch on its way through the model: a coroutine, its own thread state, and its tape of records."""
+
+    def __init__(self, forward: Callable[[], Tensor], seed: int, device: str, training: bool) -> None:
+        self._device = device
+        self._coroutine = greenlet(forward)
+        self._coroutine.micro_batch = self  # type: ignore[attr-defined]
+        self.tape: list[Record] = []
+        self.training = training
+        self.loss: Tensor | None = None
+        self.keep_graph = False  # set by the engine while the unit about to run is the last one
+        self._pending: dict[int, Tensor] = {}  # gradients of glue tensors whose other consumers are still to come
+        self._uses: dict[int, int] | None = None
+        mine = ThreadState.now(device)
+        torch.manual_seed(seed)
+        torch.set_grad_enabled(training)
+        self._state = ThreadState.now(device)
+        mine.apply(device)
+
+    def advance(self) -> Unit | None:
+        """Run until the next unit's weights are needed (that unit is returned) or to the end (None; `loss` is set)."""
+        with thread_state(self._state, self._device):
+            wanted = self._coroutine.switch()
+            self._state = ThreadState.now(self._device)
+        if self._coroutine.dead:
+            self.loss = wanted
+            return None
+        return wanted
+
+    def abandon(self) -> None:
+        """Unwind a coroutine that will not go on, so that context managers inside the model close."""
+        if not self._coroutine.dead:
+            with thread_state(self._state, self._device):
+                self._coroutine.throw()
+
+    def backward_loss(self) -> None:
+        """Backward from the loss to the leaves of the units; its graph is freed unless other glue hangs on it."""
+        loss, self.loss = self.loss, None
+        assert loss is not None
+        loss.backward(retain_graph=self._glue_is_shared(loss))
+
+    def backward_unit(self) -> Record:
+        """Backward of the last record on the tape: run it again, and push its input gradients through the glue."""
+        if self._uses is None:
+            self._uses = {}
+            for record in self.tape:
+                for x in _distinct(record.inputs):
+                    self._uses[id(x)] = self._uses.get(id(x), 0) + 1
+        record = self.tape.pop()
+        gradients = _backward(record, self._device) if record.differentiable else []
+        ready: dict[int, Tensor] = {}
+        for x, gradient in gradients:
+            if x.is_leaf:
+                x.grad = gradient if x.grad is None else x.grad + gradient
+            else:
+                before = self._pending.get(id(x))
+                self._pending[id(x)] = gradient if before is None else before + gradient
+        # A glue tensor read by several units (an encoder's output) flows back once, when its first reader is done:
+        # the order in which autograd itself would have summed it.
+        for x in _distinct(record.inputs):
+            self._uses[id(x)] -= 1
+            if self._uses[id(x)] == 0 and id(x) in self._pending:
+                ready[id(x)] = x
+        if ready:
+            torch.autograd.backward(
+                list(ready.values()), [self._pending.pop(key) for key in ready], retain_graph=True
+            )
+        return record
+
+    def _glue_is_shared(self, loss: Tensor) -> bool:
+        heads = {x.grad_fn for r in self.tape for x in r.inputs if torch.is_tensor(x) and x.grad_fn is not None}
+        stack, seen = [loss.grad_fn], set()
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            if node in heads:
+                return True
+            seen.add(node)
+            stack.extend(parent for parent, _ in node.next_functions)
+        return False
+
+
+class Boundaries:
+    """Patches the boundary modules of all units in place, and takes the patches back on `close`."""
+
+    def __init__(self, units: list[Unit], device: str) -> None:
+        self._device = device
+        self._patched: list[nn.Module] = []
+        for unit in units:
+            for module in unit.modules:
+                self._patch(unit, module)
+
+    def close(self) -> None:
+        """Restore every module's own `forward`."""
+        for module in self._patched:
+            del module.forward
+        self._patched.clear()
+
+    def _patch(self, unit: Unit, module: nn.Module) -> None:
+        if "forward" in vars(module):
+            raise OffloadError(
+                f"{unit.name}: its forward is already replaced on the instance; wrap the model before other tools do"
+            )
+        original = module.forward
+        mutable = _MutableBuffers(module)
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            micro_batch = getattr(getcurrent(), "micro_batch", None)
+            if micro_batch is None:
+                raise OffloadError(
+                    f"{unit.name} belongs to an offload engine, which holds its weights: use engine.step or "
+                    "engine.evaluate instead of calling the model"
+                )
+            getcurrent().parent.switch(unit)
+            record, output = _run(unit, module, original, args, kwargs, self._device, micro_batch.keep_graph, mutable)
+            if micro_batch.training:
+                micro_batch.tape.append(record)
+            return output
+
+        module.forward = forward  # type: ignore[method-assign]
+        self._patched.append(module)
+
+
+class _MutableBuffers:
+    """Finds the buffers that a unit's forward changes (running statistics), so that running it again changes nothing.
+
+    Every buffer is copied before the first pass; from the second on, only those that were seen to change.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._suspects = list(module.buffers())
+
+    def copies(self) -> list[tuple[Tensor, Tensor, int]]:
+        """(buffer, copy of its value, version) of each suspect before a forward."""
+        return [(b, b.detach().clone(), b._version) for b in self._suspects]
+
+    def changed(self, before: list[tuple[Tensor, Tensor, int]]) -> list[tuple[Tensor, Tensor]]:
+        """(buffer, its value before the forward) of those that the forward changed."""
+        found = [(b, old) for b, old, version in before if b._version != version]
+        self._suspects = [b for b, _ in found]
+        return found
+
+
+def _run(
+    unit: Unit,
+    module: nn.Module,
+    forward: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    device: str,
+    keep_graph: bool,
+    mutable: _MutableBuffers,
+) -> tuple[Record, Any]:
+    """Run a unit on detached inputs and turn its outputs into leaves."""
+    flat, spec = pytree.tree_flatten((args, kwargs), is_leaf=lambda x: isinstance(x, Cache))
+    if any(isinstance(x, Cache) for x in flat):
+        raise OffloadError(f"{unit.name} was given a key/value cache; training needs use_cache=False and none passed in")
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        raise OffloadError(
+            f"{unit.name} runs under open saved_tensors_hooks, which a coroutine switch would leak; close them around "
+            "the model's units"
+        )
+    state = ThreadState.now(device)
+    differentiable = state.grad and (
+        unit.trainable
+        or any(torch.is_tensor(x) and x.requires_grad for x in flat)
+        or any(p.requires_grad for p in module.parameters())
+    )
+    versions = [x._version if torch.is_tensor(x) else 0 for x in flat]
+    before = mutable.copies()
+    collector = capture.active()
+    counts = capture.lengths(collector)
+
+    keep = keep_graph and differentiable
+    inputs = [_detach(x, keep) for x in flat]
+    with torch.set_grad_enabled(keep):
+        call_args, call_kwargs = pytree.tree_unflatten(inputs, spec)
+        output = forward(*call_args, **call_kwargs)
+
+    changed = [i for i, x in enumerate(flat) if torch.is_tensor(x) and x._version != versions[i]]
+    if changed or pytree.tree_structure((call_args, call_kwargs)) != spec:
+        what = f"argument {changed[0]}" if changed else "a container among its arguments"
+        raise OffloadError(
+            f"{unit.name} ({type(module).__name__}) changes {what} in place, so running it again in backward would see "
+            "other values; make the block work on a copy"
+        )
+    out_flat, out_spec = pytree.tree_flatten(output)
+    leaves = [_leaf(x, differentiable) for x in out_flat]
+    side: list[tuple[str, int, Tensor]] = []
+    kept_side: list[Any] = []
+    for key, start in counts.items():
+        values = (collector or {})[key]
+        for i in range(start, len(values)):
+            if torch.is_tensor(values[i]):
+                kept_side.append(values[i])
+                values[i] = _leaf(values[i], differentiable)
+                side.append((key, i - start, values[i]))
+    record = Record(
+        unit, forward, flat, spec, state, leaves, side, list(counts) if collector is not None else None, differentiable
+    )
+    record.changed_buffers = mutable.changed(before)
+    if keep:
+        record.kept = (inputs, out_flat + kept_side)
+    return record, pytree.tree_unflatten(leaves, out_spec)
+
+
+def _backward(record: Record, device: str) -> list[tuple[Tensor, Tensor]]:
+    """Run a record again with grad and backward through it; returns (input as the model gave it, its gradient)."""
+    if record.kept is not None:
+        inputs, outputs = record.kept
+        record.kept = None
+    else:
+        inputs = [_detach(x, True) for x in record.inputs]
+        after = [(b, b.detach().clone()) for b, _ in record.changed_buffers]
+        with thread_state(record.state, device), torch.enable_grad(), capture.recapture(record.collected) as collected:
+            for buffer, old in record.changed_buffers:
+                buffer.copy_(old)
+            args, kwargs = pytree.tree_unflatten(inputs, record.spec)
+            outputs = pytree.tree_flatten(record.forward(*args, **kwargs))[0]
+            outputs = outputs + [collected[key][i] for key, i, _ in record.side]
+        with torch.no_grad():
+            for buffer, new in after:
+                buffer.copy_(new)
+    leaves = record.leaves + [leaf for _, _, leaf in record.side]
+    pairs = [
+        (out, leaf.grad)
+        for out, leaf in zip(outputs, leaves, strict=True)
+        if torch.is_tensor(out) and out.requires_grad and leaf.grad is not None
+    ]
+    record.leaves, record.side = [], []
+    del outputs, leaves
+    if pairs:
+        roots, gradients = [o for o, _ in pairs], [g for _, g in pairs]
+        del pairs
+        torch.autograd.backward(roots, gradients)
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for x, detached in zip(record.inputs, inputs, strict=True):
+        if torch.is_tensor(x) and x.requires_grad and detached.grad is not None:
+            gradient = detached.grad
+            found[id(x)] = (x, found[id(x)][1] + gradient if id(x) in found else gradient)
+    return list(found.values())
+
+
+def _detach(x: Any, grad: bool) -> Any:
+    if not torch.is_tensor(x):
+        return x
+    return x.detach().requires_grad_(grad and x.requires_grad)
+
+
+def _leaf(x: Any, differentiable: bool) -> Any:
+    if not torch.is_tensor(x):
+        return x
+    return x.detach().requires_grad_(differentiable and x.is_floating_point())
+
+
+def _distinct(inputs: list[Any]) -> list[Tensor]:
+    """The tensors among a unit's inputs that need a gradient, each once."""
+    return list({id(x): x for x in inputs if torch.is_tensor(x) and x.requires_grad}.values())

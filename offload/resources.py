@@ -1,0 +1,327 @@
+"""What a run holds from start to end: the store, the RAM homes, and every buffer the plan reserved.
+
+`create` makes them for a new run and brings the weights in; `reopen` finds them again at the last committed step.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offload import models
+from offload.config import Config
+from offload.device import Device, open_device
+from offload.errors import ConfigError, OffloadError
+from offload.io import Ledger, Ring, Store, StorePath
+from offload.prepare import Prepared
+from offload.rundir import RunDirectory
+from offload.state import States, extents
+from offload.trace import Trace
+from offload.units import Unit
+from offload.weights import LoadedSource, TensorSource, load_buffers
+
+# Seconds a lane waits for a buffer or for weights before it reports what hangs. The store watches the device itself.
+TIMEOUT = 600.0
+_ARCHITECTURE = "architecture"
+
+
+@dataclass
+class Resources:
+    """Everything large that a run reserved. `close` gives it back; it is made by `create` or `reopen`."""
+
+    store: Store
+    ledger: Ledger
+    device: Device
+    trace: Trace
+    states: States
+    weight_slots: dict[str, list[Tensor]]
+    gradient_slots: dict[str, list[Tensor]]
+    resident: Tensor | None
+    staging: Ring
+    landing: Ring
+    update: Ring
+    dtype: torch.dtype
+    gradient_dtype: torch.dtype
+    _stack: ExitStack
+
+    def close(self) -> None:
+        """Fail whoever still waits, then give memory, files and locks back."""
+        self._stack.close()
+
+
+@contextmanager
+def create(prepared: Prepared, run: RunDirectory) -> Iterator[Resources]:
+    """Reserve everything for a new run, stream the weights into the store and commit them as step 0.
+
+    Closed again if the body or the set-up fails; otherwise the caller owns what was yielded.
+    """
+    source = _source(prepared)
+    try:
+        store = Store.create(
+            _store_paths(prepared),
+            run.store_name,
+            extents(prepared.units, prepared.dtype, prepared.gradient_dtype.itemsize, _spilled(prepared)),
+            backend=prepared.config.memory.backend,
+        )
+        with _closed_on_error(_reserve(prepared, store)) as resources:
+            if not _described(prepared.config):
+                _save_architecture(prepared.model, run.path)
+            names = {name: i for i, name in enumerate(source.order)}
+            order = sorted(prepared.units, key=lambda u: (u.resident, min(names[p.name] for p in u.layout.params)))
+            resources.states.populate(source.read, order, resources.update, resources.staging, TIMEOUT)
+            store.commit({"step": 0, "parameter_steps": [0, {}], "buffers": encode_buffers(prepared.model)})
+            yield resources
+    finally:
+        source.close()
+
+
+@contextmanager
+def reopen(prepared: Prepared, run: RunDirectory) -> Iterator[Resources]:
+    """Reserve everything for a run that exists and fill the RAM homes from its last committed step."""
+    paths = [StorePath(Path(p.path), 0) for p in run.store_paths]
+    store = Store.open(paths, run.store_name, backend=prepared.config.memory.backend)
+    wanted = extents(prepared.units, prepared.dtype, prepared.gradient_dtype.itemsize, _spilled(prepared))
+    missing = [e.key for e in wanted if store.extents.get(e.key) != e]
+    if missing:
+        store.close()
+        raise OffloadError(
+            f"the store of {run.path} has no extent {missing[0]} of the size this plan needs; resume with the memory "
+            "settings the run was started with"
+        )
+    with _closed_on_error(_reserve(prepared, store)) as resources:
+        resources.states.load_homes()
+        decode_buffers(prepared.model, store.meta["buffers"])
+        yield resources
+
+
+@contextmanager
+def _closed_on_error(resources: Resources) -> Iterator[Resources]:
+    try:
+        yield resources
+    except BaseException:
+        resources.close()
+        raise
+
+
+def _reserve(prepared: Prepared, store: Store) -> Resources:
+    plan, ledger, trace = prepared.plan, Ledger(), Trace()
+    with ExitStack() as stack:
+        stack.callback(store.close)
+        device = open_device(prepared.device)
+        stack.callback(device.close)
+
+        def slots(name: str) -> list[Tensor]:
+            wanted = plan.buffer(name)
+            if wanted is None:
+                return []
+            return [device.allocate(wanted.nbytes, ledger, name.split(".")[0]) for _ in range(wanted.count)]
+
+        def ring(name: str) -> Ring:
+            wanted = plan.buffer(name)
+            if wanted is None:
+                raise ConfigError(f"the plan has no {name} buffer: the model has nothing to train (requires_grad)")
+            made = Ring(wanted.count, wanted.nbytes, ledger, "cpu", name)
+            stack.callback(made.close)
+            return made
+
+        rings = {name: ring(name) for name in ("staging", "landing", "update")}
+        states = States(
+            prepared.units,
+            plan,
+            store,
+            prepared.dtype,
+            prepared.gradient_dtype,
+            prepared.workload.clipping,
+            ledger,
+            device.pin,
+        )
+        stack.callback(states.close)
+        for extent in store.extents.values():
+            ledger.add("nvme", extent.key.split("/")[1], extent.padded * extent.sides)
+        gradient_slots = {group: slots(f"gradients.{group}") for group in ("block", "large")}
+        for unit in prepared.units:
+            if held := slots(f"gradients.held/{unit.name}"):
+                gradient_slots[f"held/{unit.name}"] = held
+        resident = None
+        for unit in prepared.units:
+            if unit.resident:
+                whole = slots("resident")[0]
+                weights = -(-states.units[unit.index].weight_bytes // 4096) * 4096
+                resident, gradient_slots["resident"] = whole[:weights], [whole[weights:]]
+        store.observer = _observer(trace)
+        return Resources(
+            store,
+            ledger,
+            device,
+            trace,
+            states,
+            {group: slots(f"weights.{group}") for group in ("block", "large")},
+            gradient_slots,
+            resident,
+            rings["staging"],
+            rings["landing"],
+            rings["update"],
+            prepared.dtype,
+            prepared.gradient_dtype,
+            stack.pop_all(),
+        )
+
+
+def _observer(trace: Trace) -> Any:
+    def observe(kind: str, begin: float, end: float, nbytes: int, label: str) -> None:
+        trace.add("nvme_read" if kind == "read" else "nvme_write", label, begin, end, nbytes)
+
+    return observe
+
+
+def _spilled(prepared: Prepared) -> set[str]:
+    return {u.name for u in prepared.plan.units if u.placement.get("grad") == "nvme"}
+
+
+def _store_paths(prepared: Prepared) -> list[StorePath]:
+    """The store's paths with the sizes that were planned with (`auto` resolved)."""
+    sizes = dict(prepared.store_budgets)
+    return [StorePath(Path(p.path), sizes[p.path]) for p in prepared.config.store_paths()]
+
+
+# ---- where the weights come from ----
+
+
+def _described(cfg: Config) -> bool:
+    """Whether the configuration alone says which model this is."""
+    return cfg.model is not None and (cfg.model.path is not None or cfg.model.architecture is not None)
+
+
+def _source(prepared: Prepared) -> TensorSource:
+    """The weights: the given model's own, the checkpoint's, or fresh random ones. Validated before anything streams."""
+    cfg = prepared.config
+    if prepared.loaded:
+        return LoadedSource(prepared.model)
+    if cfg.model is not None and cfg.model.path is not None:
+        from offload.checkpoint_source import CheckpointSource
+
+        directory = models.locate(cfg.model)
+        assert directory is not None
+        source = CheckpointSource(directory, prepared.model)
+        load_buffers(directory, prepared.model)
+        return source
+    from offload.random_init import RandomSource
+
+    return RandomSource(prepared.model, cfg.train.seed)
+
+
+def _save_architecture(model: nn.Module, run: Path) -> None:
+    """Keep what is needed to build a given model again on resume: its transformers configuration and class."""
+    if not hasattr(model, "config") or hasattr(model, "peft_config"):
+        return
+    config = models.original_config(model)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(run / _ARCHITECTURE)
+
+
+def rebuild_model(run: RunDirectory) -> nn.Module | None:
+    """The model of a run that began with one its configuration does not describe, on meta; None if it describes it."""
+    cfg = run.config()
+    if _described(cfg):
+        return None
+    saved = run.path / _ARCHITECTURE
+    if not saved.is_dir():
+        raise OffloadError(
+            f"{run.path} was started with a model that cannot be built from a configuration alone (peft, or not from "
+            "transformers); build it as before and pass it: offload.resume(run_dir, model=...)"
+        )
+    section = {"path": str(saved), "dtype": cfg.model.dtype if cfg.model else _stored_dtype(run)}
+    built = Config.load({"model": section}).model
+    assert built is not None
+    return models.build(built)
+
+
+def _stored_dtype(run: RunDirectory) -> str:
+    from offload.planner import Plan
+
+    plan = Plan.from_json(json.loads((run.path / "plan.json").read_text(encoding="utf-8")))
+    return "bfloat16" if any("master" in u.placement for u in plan.units) else "float32"
+
+
+# ---- buffers of the model that training may change ----
+
+
+def _persistent(model: nn.Module) -> dict[str, Tensor]:
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {name: t for name, t in model.state_dict().items() if name not in parameters}
+
+
+def encode_buffers(model: nn.Module) -> dict[str, str]:
+    """The model's persistent buffers (running statistics and the like) for the manifest."""
+    return {
+        name: base64.b64encode(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).decode()
+        for name, t in _persistent(model).items()
+    }
+
+
+def decode_buffers(model: nn.Module, encoded: dict[str, str]) -> None:
+    """Put the manifest's buffers back into the model."""
+    for name, t in _persistent(model).items():
+        if name in encoded and t.numel():
+            raw = torch.frombuffer(bytearray(base64.b64decode(encoded[name])), dtype=torch.uint8)
+            t.copy_(raw.view(t.dtype).view(t.shape))
+
+
+# ---- ownership of the model ----
+
+
+def take_ownership(model: nn.Module, units: list[Unit], stack: ExitStack) -> None:
+    """Make meta parameters bindable and forbid copies; `stack` undoes it, leaving the parameters on meta."""
+    _replace_parameters(model, units, lambda p: p if not p.is_meta else _unbound(p))
+
+    def refuse(memo: object) -> None:
+        raise OffloadError(
+            f"{type(model).__name__} belongs to an offload engine, which holds its weights: save_pretrained it instead "
+            "of copying it"
+        )
+
+    modules = list(model.modules())
+    for module in modules:
+        module.__dict__["__deepcopy__"] = refuse
+    model.__dict__["offload_engine"] = True
+
+    def give_back() -> None:
+        for module in modules:
+            del module.__dict__["__deepcopy__"]
+        del model.__dict__["offload_engine"]
+        _replace_parameters(model, units, lambda p: nn.Parameter(_on_meta(p), requires_grad=p.requires_grad))
+
+    stack.callback(give_back)
+
+
+def _unbound(p: nn.Parameter) -> nn.Parameter:
+    made = nn.Parameter(torch.empty(1, dtype=p.dtype).expand(p.shape), requires_grad=p.requires_grad)
+    made.__dict__.update(p.__dict__)
+    return made
+
+
+def _on_meta(p: nn.Parameter) -> Tensor:
+    return torch.empty(p.shape, dtype=p.dtype, device="meta")
+
+
+def _replace_parameters(model: nn.Module, units: list[Unit], make: Any) -> None:
+    """Replace every parameter by `make(parameter)`, ties kept, in the modules and in the units' lists."""
+    made: dict[int, nn.Parameter] = {}
+    originals = []
+    for module in model.modules():
+        for name, p in list(module._parameters.items()):
+            if p is not None:
+                if id(p) not in made:
+                    made[id(p)] = make(p)
+                    originals.append(p)  # keeps the id from being used again
+                module._parameters[name] = made[id(p)]
+    for unit in units:
+        unit.parameters = [made[id(p)] for p in unit.parameters]

@@ -1,0 +1,382 @@
+"""The run directory: one run's config, plan, metrics and reports, held by one process at a time through a lock.
+
+`lock` is held with flock for the life of a `RunDirectory`, so it goes with the process however that ends. `run.json`
+is the last file of the set-up: a directory with a lock and no `run.json` was never more than an attempt.
+"""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from offload.config import Config, NvmePath, absolute
+from offload.errors import ConfigError, OffloadError
+
+_FILES = (
+    "config.yaml", "run.json", "plan.json", "metrics.jsonl", "eval.jsonl", "memory.json", "trace.json", "report.html",
+)  # fmt: skip
+_DIRECTORIES = ("store", "cache")
+_LIBRARIES = ("offload", "torch", "transformers", "numpy", "safetensors", "tokenizers", "accelerate", "peft", "pyarrow")
+
+
+class RunLocked(OffloadError):
+    """Another process holds the run directory."""
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` as a whole: a reader, or a crash, sees the old text or the new."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fchmod(file.fileno(), 0o644)
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a log that may end in a torn line (the process died while writing it); a missing file has none."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise OffloadError(f"{path}, line {number}: not a JSON object: {error}; remove the line") from None
+
+
+class RunDirectory:
+    """Files of one run under `path`; get one from `create` (new run) or `open` (existing run), then `close` it."""
+
+    def __init__(self, path: Path, lock: TextIO, info: dict[str, Any]) -> None:
+        self.path = path
+        self.info = info
+        self.last_row: dict[str, Any] | None = None
+        self._lock: TextIO | None = lock
+        self._metrics: TextIO | None = None
+
+    @classmethod
+    def create(cls, cfg: Config) -> RunDirectory:
+        """A new run directory at `cfg.output`: made, locked, with `config.yaml` and `run.json` written.
+
+        Raises ConfigError when a run or foreign files are there, or it cannot be written; RunLocked when another
+        process has it. Nothing is left behind on failure; after success, `discard` undoes it.
+        """
+        path = Path(absolute(cfg.output))
+        refuse_existing(path)
+        made = _make_directories(path)
+        lock = None
+        try:
+            lock = _take_lock(path)
+            refuse_existing(path)  # another process may have finished its set-up before we had the lock
+            run_id = uuid.uuid4().hex
+            info = {
+                "id": run_id,
+                "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "store": {"name": f"offload-{run_id[:16]}", "paths": _portable(cfg.store_paths(), path)},
+                "versions": _versions(),
+            }
+            cfg.resolved().write(path / "config.yaml")
+            write_atomically(path / "run.json", json.dumps(info, indent=2) + "\n")
+            return cls(path, lock, info)
+        except BaseException as error:
+            if lock:
+                _remove_files(path)
+                lock.close()
+            for directory in made:
+                _rmdir(directory)
+            if isinstance(error, OSError):
+                raise ConfigError(f"output: got {cfg.output}, which cannot be written: {error}") from error
+            raise
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunDirectory:
+        """An existing run, locked. Raises ConfigError when there is no run, RunLocked when another process has it."""
+        path = Path(absolute(str(path)))
+        read_info(path)
+        lock = _take_lock(path)
+        try:
+            return cls(path, lock, read_info(path))
+        except BaseException:
+            lock.close()
+            raise
+
+    @property
+    def id(self) -> str:
+        return str(self.info["id"])
+
+    @property
+    def store_name(self) -> str:
+        """Unique to this run: its directory under each store path."""
+        return str(self.info["store"]["name"])
+
+    @property
+    def store_paths(self) -> list[NvmePath]:
+        """Where the store lies, in order, with absolute paths; sizes in bytes or "auto"."""
+        return stored_paths(self.path, self.info)
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def report_path(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def model_path(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def cache_path(self) -> Path:
+        """Tokenised data of this run."""
+        return self.path / "cache"
+
+    def config(self) -> Config:
+        """The config the run was last started with."""
+        return read_config(self.path)
+
+    def write_config(self, cfg: Config) -> None:
+        """Replace the config, on a resume that changes it. The place of the store stays as it was created."""
+        cfg.resolved().write(self.path / "config.yaml")
+
+    def write_plan(self, plan: Mapping[str, Any]) -> None:
+        write_atomically(self.path / "plan.json", json.dumps(plan, indent=1) + "\n")
+
+    def write_memory(self, memory: Mapping[str, Any]) -> None:
+        write_atomically(self.path / "memory.json", json.dumps(memory, indent=1) + "\n")
+
+    def write_trace(self, events: list[dict[str, Any]]) -> None:
+        """Chrome trace events (chrome://tracing, Perfetto): `ts` and `dur` in microseconds."""
+        write_atomically(self.path / "trace.json", json.dumps(events) + "\n")
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Add one step's row to `metrics.jsonl`; it is with the operating system when this returns."""
+        if self._metrics is None:
+            self._metrics = self.metrics_path.open("a", encoding="utf-8")
+        self.last_row = dict(row)
+        self._metrics.write(json.dumps(row) + "\n")
+        self._metrics.flush()
+
+    def append_eval(self, row: Mapping[str, Any]) -> None:
+        """Add one evaluation's row to `eval.jsonl`."""
+        with (self.path / "eval.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def truncate_metrics(self, after_step: int) -> None:
+        """Drop rows of steps later than `after_step` and a torn last line, atomically: each step will stand once."""
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+        for path in (self.metrics_path, self.path / "eval.jsonl"):
+            if path.exists():
+                rows = [row for row in read_jsonl(path) if row["step"] <= after_step]
+                write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def discard(self) -> None:
+        """Remove this run, store included, and close: for a set-up that failed, or was killed, before any commit.
+
+        Only what a run writes is removed; foreign files, and then the directory, stay.
+        """
+        for entry in self.store_paths:
+            shutil.rmtree(Path(entry.path) / self.store_name, ignore_errors=True)
+        _remove_files(self.path)
+        self.close()
+        _rmdir(self.path)
+
+    def close(self) -> None:
+        """Let go of the lock. Safe to call twice."""
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether a run was set up at `path`."""
+    return (Path(path).expanduser() / "run.json").is_file()
+
+
+def read_info(path: Path) -> dict[str, Any]:
+    """`run.json` of the run at `path`, without taking its lock. Raises ConfigError when there is no run."""
+    try:
+        info = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is not a run directory: it has no run.json") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path / 'run.json'} cannot be read: {error}") from None
+    if not isinstance(info, dict):
+        raise ConfigError(f"{path / 'run.json'} is not a JSON object")
+    return info
+
+
+def read_config(path: Path) -> Config:
+    """The config of the run at `path`, without taking its lock."""
+    return Config.load(path / "config.yaml")
+
+
+def stored_paths(path: Path, info: Mapping[str, Any]) -> list[NvmePath]:
+    """The store paths of `run.json`; those inside the run directory move with it."""
+    return [
+        NvmePath(path=str(path / entry["path"]), size=entry["size"], tbw=entry.get("tbw"))
+        for entry in info["store"]["paths"]
+    ]
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise ConfigError unless a new run can be made at `path`: absent, empty, or what a failed attempt left."""
+    if is_run(path):
+        raise ConfigError(
+            f"output: {path} already holds a run; add --resume to go on with it, "
+            "or choose another directory with --set output=..."
+        )
+    if path.exists():
+        if not path.is_dir():
+            raise ConfigError(f"output: {path} is a file; give a directory that does not exist yet")
+        foreign = sorted(entry.name for entry in path.iterdir() if not _ours(entry.name))
+        if foreign:
+            raise ConfigError(
+                f"output: {path} is not empty (it has {foreign[0]!r}) and holds no run; "
+                "choose another directory with --set output=..."
+            )
+
+
+@contextmanager
+def attempt(path: str | Path) -> Iterator[None]:
+    """Remove what the body made at `path` on the way to a run (cached data, say) if no run came about."""
+    path = Path(absolute(str(path)))
+    missing = _missing(path)
+    try:
+        yield
+    finally:
+        if path.is_dir() and not is_run(path) and _remove_unlocked(path):
+            for directory in missing:
+                _rmdir(directory)
+
+
+def _remove_unlocked(path: Path) -> bool:
+    """Remove our files unless another process is setting up a run here; whether that was done."""
+    try:
+        lock = _take_lock(path)
+    except (RunLocked, ConfigError):
+        return False
+    with lock:
+        _remove_files(path)
+    return True
+
+
+def _ours(name: str) -> bool:
+    return name in (*_FILES, *_DIRECTORIES, "lock") or name.startswith(tuple(f".{file}." for file in _FILES))
+
+
+def _make_directories(path: Path) -> list[Path]:
+    """Make `path`; returns the directories that had to be made, deepest first."""
+    missing = _missing(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        for directory in missing:
+            _rmdir(directory)
+        raise ConfigError(f"output: {path} cannot be made: {error}; choose another with --set output=...") from error
+    return missing
+
+
+def _missing(path: Path) -> list[Path]:
+    """`path` and its parents that do not exist, deepest first."""
+    return [p for p in (path, *path.parents) if not p.exists()]
+
+
+def _take_lock(path: Path) -> TextIO:
+    while True:
+        try:
+            file = os.fdopen(os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644), "r+")
+        except OSError as error:
+            raise ConfigError(f"output: {path} cannot be written: {error}") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = file.read().strip() or "unknown"
+            file.close()
+            raise RunLocked(
+                f"{path} is in use by process {holder}; wait for it or stop it, or choose another run directory"
+            ) from None
+        try:
+            current = (path / "lock").stat().st_ino == os.fstat(file.fileno()).st_ino
+        except FileNotFoundError:
+            current = False
+        if current:  # not a lock file that a discarding process has just removed
+            break
+        file.close()
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
+
+
+def _remove_files(path: Path) -> None:
+    for entry in list(path.iterdir()):
+        if entry.name in _DIRECTORIES:
+            _remove_directory(entry)
+        elif _ours(entry.name) and entry.name != "lock":
+            entry.unlink(missing_ok=True)
+    (path / "lock").unlink(missing_ok=True)
+
+
+def _remove_directory(entry: Path) -> None:
+    if entry.name == "cache":
+        shutil.rmtree(entry, ignore_errors=True)
+    else:  # the store of this run was removed by name; another run may have been told to keep its own here
+        _rmdir(entry)
+
+
+def _rmdir(path: Path) -> None:
+    try:
+        path.rmdir()
+    except OSError:
+        return  # not empty, or gone: not ours to remove
+
+
+def _portable(paths: list[NvmePath], run: Path) -> list[dict[str, Any]]:
+    """Store paths for `run.json`: relative where inside the run directory."""
+    entries = []
+    for entry in paths:
+        path = Path(entry.path)
+        text = str(path.relative_to(run)) if path.is_relative_to(run) else str(path)
+        entries.append({**entry.model_dump(), "path": text})
+    return entries
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,280 @@
+"""Where each unit's state lives: homes in RAM by plan, and extents in the store for everything durable.
+
+Roles: `param` (trainable weights in the compute dtype), `frozen`, `master` (low half of the float32 master, bfloat16
+runs), `exp_avg`, `exp_avg_sq`, `grad` (gradients that wait for the global norm).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from offload import adamw
+from offload.io import BLOCK, Extent, HostBuffer, Ledger, Priority, Request, Ring, Store, allocate
+from offload.planner import Plan
+from offload.units import Unit
+
+# Elements of one optimizer chunk, and of one piece of loading: whole store blocks in every role.
+CHUNK_ELEMENTS = 2 * 1024 * 1024
+UPDATED_ROLES = ("param", "master", "exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class UnitState:
+    """One unit's roles: their exact sizes in bytes, their RAM homes (uint8, page-aligned), and the store behind them."""
+
+    unit: Unit
+    store: Store
+    dtype: torch.dtype
+    sizes: dict[str, int]
+    homes: dict[str, Tensor] = field(default_factory=dict)
+    gradient_home: Tensor | None = None
+
+    def key(self, role: str) -> str:
+        """The store's name for this unit's role."""
+        return f"{self.unit.index}/{role}"
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the unit in a device slot: trainable, then frozen."""
+        return self.sizes.get("param", 0) + self.sizes.get("frozen", 0)
+
+    @property
+    def updated_roles(self) -> list[str]:
+        """The roles an optimizer step rewrites, in store order."""
+        return [role for role in UPDATED_ROLES if role in self.sizes]
+
+    def write(self, role: str, offset: int, buffer: Tensor) -> Request:
+        """Write part of a role to its shadow extent; the buffer must stay untouched until the request is done."""
+        return self.store.write(self.key(role), offset, buffer, Priority.WRITE)
+
+
+def role_dtype(role: str, compute: torch.dtype) -> torch.dtype:
+    """The dtype a role is stored in."""
+    return {"master": torch.int16, "exp_avg": torch.float32, "exp_avg_sq": torch.float32}.get(role, compute)
+
+
+def role_sizes(unit: Unit, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of each durable role of a unit; roles without elements are left out."""
+    trainable, frozen = unit.layout.trainable_elements, unit.layout.frozen_elements
+    sizes = {"param": trainable * dtype.itemsize, "frozen": frozen * dtype.itemsize}
+    if dtype == torch.bfloat16:
+        sizes["master"] = trainable * 2
+    sizes["exp_avg"] = sizes["exp_avg_sq"] = trainable * 4
+    return {role: n for role, n in sizes.items() if n}
+
+
+def extents(units: Sequence[Unit], dtype: torch.dtype, gradient_itemsize: int, spilled: set[str]) -> list[Extent]:
+    """Everything the store has to hold; `spilled` names the units whose gradients wait there."""
+    found = []
+    for unit in units:
+        for role, nbytes in role_sizes(unit, dtype).items():
+            found.append(Extent(f"{unit.index}/{role}", nbytes, sides=1 if role == "frozen" else 2, durable=True))
+        if unit.name in spilled and unit.trainable:
+            nbytes = unit.layout.trainable_elements * gradient_itemsize
+            found.append(Extent(f"{unit.index}/grad", nbytes, sides=1, durable=False))
+    return found
+
+
+class States:
+    """All units' states and the RAM they take."""
+
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        plan: Plan,
+        store: Store,
+        dtype: torch.dtype,
+        gradient_dtype: torch.dtype,
+        clipping: bool,
+        ledger: Ledger,
+        pin: Callable[[Tensor], None],
+    ) -> None:
+        self._buffers: list[HostBuffer] = []
+        self.store = store
+        self.dtype = dtype
+
+        def reserve(nbytes: int, category: str) -> Tensor:
+            buffer = allocate(nbytes, ledger, tier="cpu", category=category)
+            self._buffers.append(buffer)
+            pin(buffer.tensor)
+            return buffer.tensor
+
+        self.units = [UnitState(u, store, dtype, role_sizes(u, dtype)) for u in units]
+        for state in self.units:
+            placement = plan.unit(state.unit.name).placement
+            for role, nbytes in state.sizes.items():
+                if placement.get("param" if role == "frozen" else role) == "cpu":
+                    state.homes[role] = reserve(nbytes, role)
+            if clipping and state.unit.trainable and placement.get("grad") == "cpu":
+                state.gradient_home = reserve(state.unit.layout.trainable_elements * gradient_dtype.itemsize, "grad")
+
+    def close(self) -> None:
+        """Give the RAM homes back."""
+        for state in self.units:
+            state.homes.clear()
+            state.gradient_home = None
+        for buffer in self._buffers:
+            buffer.free()
+        self._buffers.clear()
+
+    def populate(
+        self, read: Callable[[str, int, int], Tensor], order: Sequence[Unit], update: Ring, staging: Ring, timeout: float
+    ) -> None:
+        """Bring weights in for the first time, chunk by chunk, with zero moments; publishes, does not commit.
+
+        Args:
+            read: `read(name, start, count)` gives elements of a parameter, 1-D, in the source's dtype.
+            order: units in the order in which the source likes to be read.
+            update, staging: the optimizer's chunk buffers, for trainable state, and the transfer ring, for frozen weights.
+        """
+        trained, frozen = _Writer(update, timeout), _Writer(staging, timeout)
+        step = staging.nbytes // self.dtype.itemsize
+        for unit in order:
+            state = self.units[unit.index]
+            for start in range(0, unit.layout.trainable_elements, CHUNK_ELEMENTS):
+                stop = min(start + CHUNK_ELEMENTS, unit.layout.trainable_elements)
+                self._first_chunk(state, read, start, stop, trained)
+            for start in range(0, unit.layout.frozen_elements, step):
+                stop = min(start + step, unit.layout.frozen_elements)
+                with frozen.buffer() as parts:
+                    _gather(unit, False, start, stop, read, parts.take("frozen", self.dtype, stop - start))
+                    parts.send(state, "frozen", start * self.dtype.itemsize)
+        trained.drain()
+        frozen.drain()
+        for state in self.units:
+            for role in state.sizes:
+                self.store.publish(state.key(role))
+
+    def _first_chunk(
+        self, state: UnitState, read: Callable[[str, int, int], Tensor], start: int, stop: int, writer: _Writer
+    ) -> None:
+        with writer.buffer() as parts:
+            n = stop - start
+            master = parts.take("value", torch.float32, n)
+            _gather(state.unit, True, start, stop, read, master)
+            param = parts.take("param", self.dtype, n)
+            moments = [parts.take(role, torch.float32, n).zero_() for role in ("exp_avg", "exp_avg_sq")]
+            if self.dtype == torch.bfloat16:
+                adamw.split_master(master, param, parts.take("master", torch.int16, n), moments[1])
+            else:
+                param.copy_(master)
+            for role in state.updated_roles:
+                if role not in ("exp_avg", "exp_avg_sq") or moments[1].view(torch.int32).any():
+                    parts.send(state, role, start * role_dtype(role, self.dtype).itemsize)
+                # else: fresh extents and fresh memory read as zeros already
+
+    def reader(self, ring: Ring, timeout: float) -> Callable[[str, int, int], Tensor]:
+        """`read(name, start, count)`: elements of a parameter's current weights, 1-D, in the compute dtype, a copy."""
+        where = {p.name: (state, p) for state in self.units for p in state.unit.layout.params}
+
+        def read(name: str, start: int, count: int) -> Tensor:
+            state, slot = where[name]
+            role = "param" if slot.trainable else "frozen"
+            first, size = (slot.offset + start) * self.dtype.itemsize, count * self.dtype.itemsize
+            home = state.homes.get(role)
+            if home is not None:
+                return home[first : first + size].view(self.dtype).clone()
+            out = torch.empty(size, dtype=torch.uint8)
+            total = self.store.padded(state.key(role))
+            for block in range(first // BLOCK * BLOCK, first + size, ring.nbytes):
+                buffer = ring.acquire(timeout)
+                part = buffer[: min(ring.nbytes, total - block)]
+                state.store.read(state.key(role), block, part, Priority.COMPUTE).wait()
+                low, high = max(first, block), min(first + size, block + part.numel())
+                out[low - first : high - first].copy_(part[low - block : high - block])
+                ring.release(buffer)
+            return out.view(self.dtype)
+
+        return read
+
+    def load_homes(self) -> None:
+        """Fill the RAM homes from the store's committed extents (resume)."""
+        for state in self.units:
+            for role, home in state.homes.items():
+                total = self.store.padded(state.key(role))
+                state.store.read(state.key(role), 0, home[:total], Priority.COMPUTE).wait()
+
+    def write_homes(self) -> None:
+        """Write every RAM home to its shadow extent and publish it (an extra commit between two due ones)."""
+        for state in self.units:
+            roles = [role for role in state.updated_roles if role in state.homes]
+            requests = [
+                state.write(role, 0, state.homes[role][: self.store.padded(state.key(role))]) for role in roles
+            ]
+            for request in requests:
+                request.wait()
+            for role in roles:
+                self.store.publish(state.key(role))
+
+
+def _gather(
+    unit: Unit, trainable: bool, start: int, stop: int, read: Callable[[str, int, int], Tensor], out: Tensor
+) -> None:
+    """Fill `out` with elements [start, stop) of a unit's flat space; padding becomes zero."""
+    out.zero_()
+    for param, first, count, at in unit.layout.pieces(trainable, start, stop):
+        out[at : at + count].copy_(read(param.name, first, count))
+
+
+class _Parts:
+    """One ring buffer cut into the roles of one chunk, and the writes that leave from it."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        self._buffer = buffer
+        self._end = 0
+        self._parts: dict[str, Tensor] = {}
+        self.requests: list[Request] = []
+
+    def take(self, role: str, dtype: torch.dtype, elements: int) -> Tensor:
+        """The next part of the buffer, on a page of its own, as `elements` of `dtype`."""
+        nbytes = -(-elements * dtype.itemsize // 4096) * 4096
+        self._parts[role] = self._buffer[self._end : self._end + nbytes]
+        self._end += nbytes
+        return self._parts[role][: elements * dtype.itemsize].view(dtype)
+
+    def send(self, state: UnitState, role: str, offset: int) -> None:
+        """Write a part to the store, and to its RAM home if it has one."""
+        part = self._parts[role]
+        home = state.homes.get(role)
+        if home is not None:
+            home[offset : offset + part.numel()].copy_(part[: home.numel() - offset])
+        self.requests.append(state.write(role, offset, part))
+
+
+class _Writer:
+    """Hands out ring buffers and takes each back when its writes are done; one chunk is written behind the next."""
+
+    def __init__(self, ring: Ring, timeout: float) -> None:
+        self._ring = ring
+        self._timeout = timeout
+        self._flying: deque[tuple[Tensor, list[Request]]] = deque()
+
+    def buffer(self) -> _WriterTurn:
+        return _WriterTurn(self)
+
+    def drain(self, leave: int = 0) -> None:
+        """Wait until at most `leave` chunks are still being written."""
+        while len(self._flying) > leave:
+            buffer, requests = self._flying.popleft()
+            for request in requests:
+                request.wait()
+            self._ring.release(buffer)
+
+
+class _WriterTurn:
+    def __init__(self, writer: _Writer) -> None:
+        self._writer = writer
+
+    def __enter__(self) -> _Parts:
+        self._writer.drain(leave=1)
+        self._raw = self._writer._ring.acquire(self._writer._timeout)
+        self.parts = _Parts(self._raw)
+        return self.parts
+
+    def __exit__(self, *error: object) -> None:
+        self._writer._flying.append((self._raw, self.parts.requests))

@@ -1,0 +1,274 @@
+"""`offload train`: plan, say so, run step by step, commit, report; and stopping, resuming and exporting on the way."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+
+from offload import models, preflight, report, rundir, tables
+from offload.config import Config
+from offload.data import Dataset, open_dataset
+from offload.engine import Engine, Prepared, prepare
+from offload.errors import ConfigError, DoesNotFit
+from offload.io import Store, StorePath
+from offload.memory import Sampler
+from offload.progress import clock, open_progress
+from offload.resume import check_resumable
+from offload.rundir import RunDirectory
+from offload.tokenization import load_tokenizer
+from offload.trackers import open_trackers, train_values
+
+INTERRUPTED = 130
+MEMORY_JSON_SECONDS = 30.0  # how old the memory figures of a killed run can be
+
+
+class Stop:
+    """SIGINT and SIGTERM, kept for the end of the step while `deferred`; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.deferred = False
+        self.announce: Callable[[], None] = lambda: None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self.deferred or self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        self.announce()
+
+    @contextmanager
+    def installed(self) -> Iterator[Stop]:
+        before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def run(cfg: Config, *, resume: bool = False, confirm: Callable[[], bool] | None = None) -> int:
+    """Train as `cfg` says; returns the exit code: 0 done, 130 interrupted (the step committed or dropped whole).
+
+    `resume` goes on after the last committed step of the run at `cfg.output`, or starts it if nothing was committed.
+    `confirm` is asked after the plan was shown; a no ends with nothing written and code 0. Raises OffloadError and
+    StoreError; ConfigError and DoesNotFit are raised before anything is written.
+    """
+    console = tables.open_console()
+    preflight.check(cfg)
+    path = Path(cfg.output).expanduser()
+    going_on = resume and _committed(path)
+    if going_on:
+        check_resumable(rundir.read_config(path), cfg)
+    elif not (resume and rundir.is_run(path)):
+        rundir.refuse_existing(path.absolute())
+    with Stop().installed() as stop, rundir.attempt(path):
+        dataset = None
+        try:
+            if cfg.train.steps is None:  # the length of an epoch is known from the data only
+                dataset = _open_dataset(cfg, path)
+                cfg = _with_steps(cfg, dataset)
+            prepared = prepare(cfg)
+            plan = prepared.plan.to_json()
+            console.print(tables.plan_tables(plan))
+            refuse_unfit(plan)
+            if confirm and not confirm():
+                return 0
+            dataset = dataset or _open_dataset(cfg, path)
+            for note in dataset.notes:
+                console.print(f"data: {note}", highlight=False, markup=False)
+            with _open_engine(cfg, prepared, path, going_on) as engine:
+                return _train(cfg, engine, dataset, stop, console)
+        finally:
+            if dataset:
+                dataset.close()
+
+
+def refuse_unfit(plan: dict[str, Any]) -> None:
+    """Raise for a plan that does not fit: ConfigError where a budget cannot hold even one unit, else DoesNotFit."""
+    if plan["fits"]:
+        return
+    least = plan["layout"]["lower_bound_bytes"]
+    arena_in_ram = "device" in plan["categories"].get("cpu", {})
+    for key in ("cpu", "gpu") if arena_in_ram else ("gpu",):
+        budget = plan["budget_bytes"][key]
+        if budget >= least or key not in plan["shortfall_bytes"]:
+            continue
+        raise ConfigError(
+            f"memory.{key}: got {tables.size(budget)}, smaller than one unit of the model: its weights and "
+            f"gradient take {tables.size(least)}; the whole plan needs {tables.size(plan['peak_bytes'][key])}\n"
+            + tables.shortfall(plan)
+        )
+    raise DoesNotFit(tables.shortfall(plan))
+
+
+def export(engine: Engine, out: Path, tokenizer: Any | None) -> None:
+    """The model as a Hugging Face directory at `out`, with its tokenizer; it appears whole or not at all."""
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        engine.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        shutil.rmtree(out, ignore_errors=True)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def export_run(run_dir: Path, out: Path) -> None:
+    """The last committed step of a run as a Hugging Face directory. Raises ConfigError when `out` is not empty."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} already exists and is not empty; give another directory")
+    if not _committed(run_dir.expanduser()):
+        rundir.read_info(run_dir.expanduser().absolute())
+        raise ConfigError(f"{run_dir} has no committed step to export; run it first, with --resume")
+    with Engine.resume(run_dir) as engine:
+        cfg = engine.run.config()
+        tokenizer = None
+        if cfg.data and cfg.model:
+            tokenizer = load_tokenizer(cfg.data.tokenizer, models.locate(cfg.model, weights=False))
+        export(engine, out.expanduser().absolute(), tokenizer)
+
+
+def _committed(path: Path) -> bool:
+    """Whether a run at `path` has a committed step to go on from."""
+    if not rundir.is_run(path):
+        return False
+    info = rundir.read_info(path)
+    places = [StorePath(Path(entry.path), 1) for entry in rundir.stored_paths(path.absolute(), info)]
+    return Store.exists(places, info["store"]["name"])
+
+
+def _open_engine(cfg: Config, prepared: Prepared, path: Path, going_on: bool) -> Engine:
+    if going_on:
+        with RunDirectory.open(path) as directory:
+            before = directory.config()
+            directory.write_config(cfg)
+        try:
+            return Engine.resume(path)
+        except BaseException:
+            with RunDirectory.open(path) as directory:
+                directory.write_config(before)
+            raise
+    if rundir.is_run(path):  # set up and then killed before its first commit
+        RunDirectory.open(path).discard()
+    return Engine.create(cfg, prepared=prepared)
+
+
+def _open_dataset(cfg: Config, path: Path) -> Dataset:
+    assert cfg.data is not None and cfg.model is not None  # preflight
+    model = models.build(cfg.model)
+    return open_dataset(
+        cfg.data,
+        models.locate(cfg.model, weights=False),
+        vocab_size=model.config.get_text_config().vocab_size,
+        micro_batch_size=cfg.train.micro_batch_size,
+        global_batch_size=cfg.train.global_batch_size,
+        seed=cfg.train.seed,
+        cache_dir=path / "cache",
+    )
+
+
+def _with_steps(cfg: Config, dataset: Dataset) -> Config:
+    assert cfg.train.epochs is not None
+    steps = max(1, math.ceil(cfg.train.epochs * len(dataset.train) / cfg.train.global_batch_size))
+    return Config.load(cfg, ["train.epochs=null", f"train.steps={steps}"])
+
+
+def _train(cfg: Config, engine: Engine, dataset: Dataset, stop: Stop, console: Console) -> int:
+    steps = cfg.train.steps or 0
+    run = engine.run
+    began, first = time.perf_counter(), engine.completed_steps
+    progress = open_progress(console, first, steps)
+    trackers = open_trackers(cfg, run, first)
+    stop.announce = lambda: progress.note("stopping after this step; once more to drop it and stop now")
+    stop.deferred = True
+    logged = began
+    with Sampler() as sampler:
+        try:
+            if first:
+                progress.note(f"going on after step {first}")
+            for index in range(first, steps):
+                if stop.requested:
+                    break
+                result = engine.step(dataset.train.batch(index))
+                row = run.last_row
+                assert row is not None  # engine.step wrote it
+                progress.step(row)
+                for tracker in trackers:
+                    tracker.log(train_values(row), result.step)
+                if cfg.train.eval_every and result.step % cfg.train.eval_every == 0:
+                    loss = evaluate(engine, dataset, stop)
+                    if loss is None:
+                        break
+                    run.append_eval({"step": result.step, "eval_loss": loss})
+                    progress.note(f"step {result.step}: eval loss {loss:.4f}")
+                    for tracker in trackers:
+                        tracker.log({"eval/loss": loss}, result.step)
+                if time.perf_counter() - logged > MEMORY_JSON_SECONDS:
+                    logged = time.perf_counter()
+                    _write_memory(engine, sampler)
+            engine.commit()
+        finally:
+            stop.deferred = False
+            progress.close()
+            for tracker in trackers:
+                tracker.close()
+            _write_memory(engine, sampler)
+        if stop.requested and engine.completed_steps < steps:
+            engine.close()
+            report.build(run.path)
+            console.print(
+                f"stopped after step {engine.committed_step}, committed; go on with --resume", highlight=False
+            )
+            return INTERRUPTED
+        if steps == 0:
+            console.print(f"loaded and committed; {run.path}", highlight=False)
+            return 0
+        export(engine, run.model_path, dataset.tokenizer)
+        _write_memory(engine, sampler)
+    engine.close()
+    console.print(tables.run_table(report.summary(report.build(run.path))))
+    console.print(f"took {clock(time.perf_counter() - began)}; model in {run.model_path}", highlight=False)
+    return 0
+
+
+def evaluate(engine: Engine, dataset: Dataset, stop: Stop) -> float | None:
+    """Loss over the evaluation data, each counted token weighing the same; None when a stop was asked for meanwhile."""
+    assert dataset.eval is not None
+    total, counted = 0.0, 0
+    for batch in dataset.eval.eval_batches():
+        if stop.requested:
+            return None
+        n = int((batch["labels"][:, 1:] != -100).sum())  # the first token of a row is no target
+        total += engine.evaluate(batch) * n
+        counted += n
+    return total / counted if counted else math.nan
+
+
+def _write_memory(engine: Engine, sampler: Sampler) -> None:
+    """memory.json: per tier the ledger's figures beside plan and budget, and the process tree's RAM; all bytes."""
+    plan = engine.plan
+    engine.run.write_memory(
+        {
+            "tiers": {
+                tier: {
+                    "budget": plan.budget_bytes.get(tier, 0),
+                    "predicted": plan.peak_bytes.get(tier, 0),
+                    "peak": engine.ledger.peak(tier),
+                    "categories": engine.ledger.snapshot().get(tier, {}),
+                }
+                for tier in plan.budget_bytes
+            },
+            "process": {"pss_peak": sampler.peak},
+        }
+    )

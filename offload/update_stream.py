@@ -1,0 +1,352 @@
+"""The optimizer lane: AdamW over each unit's state, chunk by chunk, wherever the state lives.
+
+    store ──read──► chunk buffer ─┐                        ┌─► shadow extents in the store (write-behind)
+    RAM homes ────(in place)──────┴─► merge, AdamW, split ─┴─► RAM homes
+
+One job per unit and step. With clipping the jobs are queued at the end of backward, in the order in which the next
+forward will visit the units, and run ahead of it; without, each unit's job is queued as soon as its gradient has landed.
+A step's jobs are followed by its commit; the next step's jobs wait for that, so that what a commit names never changes
+under it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offload import adamw
+from offload.adamw import Hyper
+from offload.device import limit_lane_threads
+from offload.io import Priority, Request, Ring
+from offload.state import CHUNK_ELEMENTS, States, UnitState, role_dtype
+from offload.trace import Trace
+from offload.units import Unit
+
+
+@dataclass
+class UnitUpdate:
+    """One unit's update: `ready` when its new weights can be read, `durable` when everything due is in the store."""
+
+    ready: Future[None] = field(default_factory=Future)
+    durable: Future[None] = field(default_factory=Future)
+
+    def fail(self, error: BaseException) -> None:
+        """Pass an error to whoever waits for this update."""
+        for future in (self.ready, self.durable):
+            if not future.done():
+                future.set_exception(error)
+
+
+class UpdateStream:
+    """Runs optimizer updates and commits in order, on lanes of their own.
+
+    Args:
+        states: where every unit's state lives.
+        ring: chunk buffers; each holds all roles of one chunk and float32 scratch.
+        gradient_dtype: what gradients that wait in a home or in the store are kept in.
+        timeout: seconds one chunk may wait for a buffer.
+    """
+
+    def __init__(
+        self, states: States, ring: Ring, gradient_dtype: torch.dtype, trace: Trace, timeout: float
+    ) -> None:
+        self._states = states
+        self._ring = ring
+        self._gradient_dtype = gradient_dtype
+        self._trace = trace
+        self._timeout = timeout
+        self._latest: dict[int, UnitUpdate] = {}
+        self._commit: Future[None] = _done()
+        self._lane = ThreadPoolExecutor(1, thread_name_prefix="optimizer", initializer=limit_lane_threads)
+        self._commit_lane = ThreadPoolExecutor(1, thread_name_prefix="commit", initializer=limit_lane_threads)
+
+    def submit(
+        self,
+        unit: Unit,
+        present: set[str],
+        steps: dict[str, int],
+        hyper: Hyper,
+        durable: bool,
+        landing: Tensor | None = None,
+        done: Callable[[], None] | None = None,
+    ) -> None:
+        """Queue one unit's update.
+
+        Args:
+            present: parameters that have a gradient; the others are carried over unchanged.
+            steps: the step count of each parameter, this update included.
+            durable: write RAM homes to the store too, because this step is to be committed.
+            landing: the summed gradient, float32 [trainable elements]; None to take it from its home or the store.
+            done: called when `landing` may be reused.
+        """
+        update = UnitUpdate()
+        self._latest[unit.index] = update
+        before = self._commit
+        self._lane.submit(
+            self._run, self._states.units[unit.index], present, dict(steps), hyper, durable, landing, done, update, before
+        )
+
+    def commit(self, meta: dict[str, Any], then: Callable[[], None]) -> None:
+        """After all updates queued so far are durable, make the store's next version, then call `then`."""
+        updates = list(self._latest.values())
+        self._commit = self._commit_lane.submit(self._commit_now, updates, meta, then)
+
+    def wait_ready(self, unit: Unit) -> None:
+        """Block until the unit's latest weights can be read; raises the update's error."""
+        update = self._latest.get(unit.index)
+        if update is not None:
+            update.ready.result()
+
+    def flush(self) -> None:
+        """Wait for every queued update and commit; raises the first error."""
+        for update in list(self._latest.values()):
+            update.ready.result()
+            update.durable.result()
+        self._commit.result()
+
+    def close(self) -> None:
+        """Stop the lanes; queued updates that have not begun are dropped."""
+        self._lane.shutdown(wait=True, cancel_futures=True)
+        self._commit_lane.shutdown(wait=True, cancel_futures=True)
+
+    # ---- the lanes' threads ----
+
+    def _commit_now(self, updates: list[UnitUpdate], meta: dict[str, Any], then: Callable[[], None]) -> None:
+        for update in updates:
+            update.durable.result()
+        with self._trace.span("nvme_write", "commit"):
+            self._states.store.commit(meta)
+        then()
+
+    def _run(
+        self,
+        state: UnitState,
+        present: set[str],
+        steps: dict[str, int],
+        hyper: Hyper,
+        durable: bool,
+        landing: Tensor | None,
+        done: Callable[[], None] | None,
+        update: UnitUpdate,
+        before: Future[None],
+    ) -> None:
+        try:
+            before.result()
+            writes = _Writes(state, update)
+            elements = state.unit.layout.trainable_elements
+            starts = list(range(0, elements, CHUNK_ELEMENTS))
+            ahead = self._load(state, starts[0], elements, landing) if starts else None
+            for i, start in enumerate(starts):
+                chunk, ahead = ahead, None
+                assert chunk is not None
+                chunk.wait()
+                if i + 1 < len(starts):
+                    ahead = self._load(state, starts[i + 1], elements, landing)
+                with self._trace.span("optimizer", state.unit.name):
+                    chunk.step(present, steps, hyper)
+                chunk.store(writes, durable, self._ring)
+            if "param" in state.homes or not starts:
+                update.ready.set_result(None)
+            writes.finish()
+        except BaseException as error:
+            update.fail(error)
+            raise
+        finally:
+            if done is not None:
+                done()
+
+    def _load(self, state: UnitState, start: int, elements: int, landing: Tensor | None) -> _Chunk:
+        return _Chunk(
+            state, start, min(CHUNK_ELEMENTS, elements - start), self._ring.acquire(self._timeout), landing, self._gradient_dtype
+        )
+
+
+class _Chunk:
+    """One chunk of one unit's state: views into RAM homes where it has them, else parts of a ring buffer being read."""
+
+    def __init__(
+        self, state: UnitState, start: int, count: int, buffer: Tensor, landing: Tensor | None, gradient_dtype: torch.dtype
+    ) -> None:
+        self._state = state
+        self._start = start
+        self._count = count
+        self._buffer = buffer
+        self._end = 0
+        self._reads: list[Request] = []
+        self._raw: dict[str, Tensor] = {}
+        self.roles = {role: self._role(role) for role in state.updated_roles}
+        waiting = self._waiting_gradient(landing, gradient_dtype)
+        self._narrow = waiting if waiting.dtype != torch.float32 else None
+        self._gradient = self._take(torch.float32) if self._narrow is not None else waiting
+        self._scratch = self._take(torch.float32) if "master" in self.roles else None
+
+    def wait(self) -> None:
+        """Return when everything this chunk reads has arrived; a gradient kept in bfloat16 is then widened."""
+        for request in self._reads:
+            request.wait()
+        if self._narrow is not None:
+            self._gradient.copy_(self._narrow)
+
+    def step(self, present: set[str], steps: dict[str, int], hyper: Hyper) -> None:
+        """AdamW over the pieces of parameters in this chunk, a cache-sized part at a time."""
+        layout = self._state.unit.layout
+        for at in range(0, self._count, adamw.CACHE_ELEMENTS):
+            stop = min(at + adamw.CACHE_ELEMENTS, self._count)
+            pieces = [
+                (p.name, at + offset, at + offset + count)
+                for p, _, count, offset in layout.pieces(True, self._start + at, self._start + stop)
+                if p.name in present
+            ]
+            if pieces:
+                self._step_part(pieces, at, stop, steps, hyper)
+
+    def _step_part(
+        self, pieces: list[tuple[str, int, int]], at: int, stop: int, steps: dict[str, int], hyper: Hyper
+    ) -> None:
+        gradient = self._gradient
+        if hyper.coefficient is not None:
+            gradient[at:stop].mul_(hyper.coefficient)
+        exp_avg, exp_avg_sq = self.roles["exp_avg"], self.roles["exp_avg_sq"]
+        if self._scratch is None:
+            master = self.roles["param"]
+        else:
+            master = self._scratch
+            adamw.merge_master(
+                self.roles["param"][at:stop], self.roles["master"][at:stop], exp_avg_sq[at:stop], master[at:stop]
+            )
+        adamw.fused_step(
+            [master[a:b] for _, a, b in pieces],
+            [gradient[a:b] for _, a, b in pieces],
+            [exp_avg[a:b] for _, a, b in pieces],
+            [exp_avg_sq[a:b] for _, a, b in pieces],
+            [steps[name] for name, _, _ in pieces],
+            hyper,
+        )
+        if self._scratch is not None:
+            adamw.split_master(
+                master[at:stop], self.roles["param"][at:stop], self.roles["master"][at:stop], exp_avg_sq[at:stop]
+            )
+
+    def store(self, writes: _Writes, durable: bool, ring: Ring) -> None:
+        """Start the writes of this chunk; the ring buffer goes back when those that leave from it are done."""
+        leaving: list[Request] = []
+        for role in self._state.updated_roles:
+            itemsize = role_dtype(role, self._state.dtype).itemsize
+            home = self._state.homes.get(role)
+            if home is None:
+                leaving.append(self._state.write(role, self._start * itemsize, self._raw[role]))
+            elif durable:
+                first = self._start * itemsize
+                stop = min(first + CHUNK_ELEMENTS * itemsize, self._state.store.padded(self._state.key(role)))
+                writes.add(role, self._state.write(role, first, home[first:stop]))
+        buffer = self._buffer
+        left = _Countdown(len(leaving), lambda: ring.release(buffer))
+        for role, request in zip([r for r in self._state.updated_roles if r not in self._state.homes], leaving, strict=True):
+            writes.add(role, request)
+            request.add_done_callback(lambda _: left.down())
+
+    def _role(self, role: str) -> Tensor:
+        dtype = role_dtype(role, self._state.dtype)
+        home = self._state.homes.get(role)
+        if home is not None:
+            return home.view(dtype)[self._start : self._start + self._count]
+        part = self._take(dtype, role)
+        self._read(role, dtype)
+        return part
+
+    def _waiting_gradient(self, landing: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The chunk's gradient where it waits: just landed, in its RAM home, or on its way from the store."""
+        span = slice(self._start, self._start + self._count)
+        if landing is not None:
+            return landing.view(torch.float32)[span]
+        home = self._state.gradient_home
+        if home is not None:
+            return home.view(dtype)[span]
+        waiting = self._take(dtype, "grad")
+        self._read("grad", dtype)
+        return waiting
+
+    def _read(self, role: str, dtype: torch.dtype) -> None:
+        key = self._state.key(role)
+        offset = self._start * dtype.itemsize
+        self._reads.append(self._state.store.read(key, offset, self._raw[role], Priority.STATE))
+
+    def _take(self, dtype: torch.dtype, role: str | None = None) -> Tensor:
+        nbytes = -(-self._count * dtype.itemsize // 4096) * 4096
+        part = self._buffer[self._end : self._end + nbytes]
+        self._end += nbytes
+        if role is not None:
+            self._raw[role] = part
+        return part[: self._count * dtype.itemsize].view(dtype)
+
+
+class _Writes:
+    """All writes of one unit's update; publishes each role when it is complete and settles the update's futures."""
+
+    def __init__(self, state: UnitState, update: UnitUpdate) -> None:
+        self._state = state
+        self._update = update
+        self._roles: set[str] = set()
+        self._error: BaseException | None = None
+        self._left = _Countdown(1, self._settle)  # one more than the writes: `finish` takes it away
+
+    def add(self, role: str, request: Request) -> None:
+        self._roles.add(role)
+        self._left.up()
+        request.add_done_callback(self._one_done)
+
+    def finish(self) -> None:
+        """All writes were added."""
+        self._left.down()
+
+    def _one_done(self, request: Request) -> None:
+        if request.error is not None:
+            self._error = request.error
+        self._left.down()
+
+    def _settle(self) -> None:
+        try:
+            if self._error is not None:
+                raise self._error
+            for role in self._roles:
+                self._state.store.publish(self._state.key(role))
+        except BaseException as error:  # this may run in an I/O thread: whoever waits for the update has to see it
+            self._update.fail(error)
+            return
+        for future in (self._update.ready, self._update.durable):
+            if not future.done():
+                future.set_result(None)
+
+
+class _Countdown:
+    """Calls a function once, when as many `down`s as `up`s have come."""
+
+    def __init__(self, count: int, then: Callable[[], None]) -> None:
+        self._lock = threading.Lock()
+        self._count = count
+        self._then = then
+        if count == 0:
+            then()
+
+    def up(self) -> None:
+        with self._lock:
+            self._count += 1
+
+    def down(self) -> None:
+        with self._lock:
+            self._count -= 1
+            last = self._count == 0
+        if last:
+            self._then()
+
+
+def _done() -> Future[None]:
+    future: Future[None] = Future()
+    future.set_result(None)
+    return future

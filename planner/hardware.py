@@ -1,0 +1,56 @@
+"""The machine to plan for: presets from data files, a user's file with the same keys, or this machine, measured."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+import yaml
+from offload.planner.plan import Hardware
+from offload.planner.probe import available_ram, probe
+
+__all__ = ["Hardware", "available_ram", "load_hardware", "preset_names", "probe"]
+
+PRESETS = Path(__file__).with_name("presets")
+_KEYS = tuple(f.name for f in fields(Hardware))
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with the package."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def load_hardware(name_or_file: str | Path, ssds: int = 1) -> Hardware:
+    """A preset by name, or a YAML or JSON file with the same keys; `ssds` drives of the given rates, striped.
+
+    Raises ValueError naming what is wrong: an unknown preset (and the nearest), an unreadable file, a missing or
+    unknown key (and the nearest), a value of the wrong kind.
+    """
+    text, names = str(name_or_file), preset_names()
+    path = PRESETS / f"{text}.yaml" if text in names else Path(text).expanduser()
+    if not path.is_file():
+        raise ValueError(
+            f"hardware {text!r} is neither a preset nor a file; presets: {', '.join(names)}{_near(text, names)}"
+        )
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"hardware file {path} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"hardware file {path} holds a {type(data).__name__}; it must map keys to numbers")
+    for key in data:
+        if key not in _KEYS:
+            raise ValueError(f"hardware file {path}: unknown key {key!r}{_near(str(key), _KEYS)}")
+    missing = [key for key in _KEYS if key not in data and key != "source"]
+    if missing:
+        raise ValueError(f"hardware file {path}: missing {', '.join(missing)}")
+    data["source"] = {str(k): str(v) for k, v in (data.get("source") or {}).items()}
+    hardware = Hardware(**data)
+    return replace(hardware, nvme_read=hardware.nvme_read * ssds, nvme_write=hardware.nvme_write * ssds)
+
+
+def _near(text: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(text, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,237 @@
+"""The planner's nouns: what is to be run, what there is to run it on, the answer. Plain data; sizes are bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+TIERS = ("gpu", "cpu", "cxl", "nvme")
+ROLES = ("param", "master", "exp_avg", "exp_avg_sq", "grad", "activation")
+LANES = ("compute", "h2d", "d2h", "nvme_read", "nvme_write", "optimizer")
+
+COMPUTE_DTYPES = ("bfloat16", "float32")
+RATES = ("h2d", "d2h", "ram", "nvme_read", "nvme_write", "adamw_parameters_per_second")
+ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class UnitProfile:
+    """What one unit holds and costs. Costs are of one micro-batch, summed over the unit's visits in one forward."""
+
+    name: str
+    kind: str  # "embedding" | "block" | "head" | "resident" | "other"
+    parameters: int  # elements, alignment padding not counted
+    trainable: int  # elements of the trainable flat space, padding counted
+    frozen: int  # elements of the frozen flat space, padding counted
+    held: bool = False  # tied, or visited more than once per direction: its gradient slot lives through all of backward
+    forward_flops: int = 0
+    boundary_bytes: int = 0  # outputs of the unit, kept until its backward
+    workspace_forward: int = 0  # peak bytes of framework temporaries, forward without grad
+    workspace_backward: int = 0  # the same for recompute + backward, fresh parameter gradients (and the loss) included
+    visits: int = 1  # times the unit's weights are needed in one forward pass
+    kept: bool = False  # runs with grad in the forward and is not recomputed: the last visit, up to the loss
+
+
+@dataclass
+class UnitCost:
+    """One unit's costs, as the fields of the same names in `UnitProfile`."""
+
+    forward_flops: int = 0
+    boundary_bytes: int = 0
+    workspace_forward: int = 0
+    workspace_backward: int = 0
+    visits: int = 0
+    kept: bool = False
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Costs by unit name; the bytes per micro-batch that live around units; and notes on how they were found."""
+
+    costs: dict[str, UnitCost]
+    shared_bytes: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One optimizer step: `micro_batches` passes of `micro_batch` rows of `sequence_length` tokens through `units`."""
+
+    units: tuple[UnitProfile, ...]
+    micro_batches: int
+    micro_batch: int
+    sequence_length: int
+    dtype: Literal["bfloat16", "float32"] = "float32"
+    clipping: bool = True
+    commit_every: int | Literal["auto"] = "auto"
+    device: Literal["cpu", "cuda"] = "cuda"
+    steps: int = 1
+    shared_bytes: int = 0  # per micro-batch: what the model computes around units and keeps (masks, rotary tables)
+    notes: tuple[str, ...] = ()  # how the profile was made, where that matters
+
+    def __post_init__(self) -> None:
+        for name in ("micro_batches", "micro_batch", "sequence_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Workload.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.dtype not in ("bfloat16", "float32"):
+            raise ValueError(f"Workload.dtype is {self.dtype!r}; accepted: bfloat16, float32")
+        if self.commit_every != "auto" and self.commit_every < 1:
+            raise ValueError(
+                f"Workload.commit_every is {self.commit_every}; accepted: auto or a number of steps from 1"
+            )
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"Workload.device is {self.device!r}; accepted: cpu, cuda")
+        if len({u.name for u in self.units}) != len(self.units):
+            raise ValueError("Workload.units has two units of one name")
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element of the compute dtype."""
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def gradient_itemsize(self) -> int:
+        """Bytes per element of a step's summed gradient: compute dtype for one micro-batch, else float32."""
+        return self.itemsize if self.micro_batches == 1 else 4
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per step, padding counted."""
+        return self.micro_batches * self.micro_batch * self.sequence_length
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Capacities in bytes and rates in units per second. `source` says where each number is from."""
+
+    name: str
+    gpu_bytes: int  # 0 without a GPU
+    cpu_bytes: int  # RAM that a run may take
+    matrix_flops: dict[str, float]  # attainable floating point operations per second, by compute dtype
+    h2d: float  # bytes per second, host to device
+    d2h: float
+    ram: float  # bytes copied per second within RAM
+    nvme_read: float  # bytes per second, all paths together
+    nvme_write: float
+    adamw_parameters_per_second: float  # fused float32 AdamW on the CPU
+    source: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key in RATES:
+            _positive(key, getattr(self, key), self.name)
+        for key in ("gpu_bytes", "cpu_bytes"):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"hardware {self.name}: {key} is {value!r}; it must be a whole number of bytes from 0")
+        if not isinstance(self.matrix_flops, Mapping) or set(self.matrix_flops) != set(COMPUTE_DTYPES):
+            raise ValueError(
+                f"hardware {self.name}: matrix_flops is {self.matrix_flops!r}; give {' and '.join(COMPUTE_DTYPES)}"
+            )
+        for dtype, value in self.matrix_flops.items():
+            _positive(f"matrix_flops.{dtype}", value, self.name)
+
+
+def _positive(key: str, value: Any, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"hardware {name}: {key} is {value!r}; it must be a number above 0")
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """Hard limits in bytes. On device "cpu" the `cpu` limit includes the device arena that `gpu` limits."""
+
+    gpu: int
+    cpu: int
+    cxl: int = 0
+    nvme: tuple[tuple[str, int], ...] = ()  # (path, bytes); striped in proportion to size
+
+    def by_tier(self) -> dict[str, int]:
+        """Bytes per tier, the NVMe paths summed."""
+        return {"gpu": self.gpu, "cpu": self.cpu, "cxl": self.cxl, "nvme": sum(size for _, size in self.nvme)}
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """`count` buffers of `nbytes` each that the engine reserves in `tier` at start-up."""
+
+    name: str
+    tier: str
+    count: int
+    nbytes: int
+
+    @property
+    def total(self) -> int:
+        return self.count * self.nbytes
+
+
+@dataclass(frozen=True)
+class UnitPlan:
+    """Where one unit's roles live between uses, and what happens to its activations (fractions that sum to 1).
+
+    placement["grad"] is the tier where a step's gradient waits for its update: "cpu" (a home in RAM) or "nvme"
+    (spilled) when clipping, "gpu" (only ever in its slot) without clipping or without trainable parameters.
+    """
+
+    name: str
+    parameters: int
+    placement: dict[str, str]
+    activations: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The planner's answer; `plan.json` is `to_json()`."""
+
+    fits: bool
+    budget_bytes: dict[str, int]
+    peak_bytes: dict[str, int]
+    categories: dict[str, dict[str, int]]  # the peak of each tier, by what it is for
+    step_seconds: float
+    tokens_per_second: float
+    lane_seconds: dict[str, float]
+    busiest_lane: str
+    solver: dict[str, Any]  # name, status, gap (None if not known), seconds
+    units: tuple[UnitPlan, ...]
+    layout: dict[str, int]
+    buffers: tuple[Buffers, ...]
+    commit_every: int
+    spill_gradients: bool  # some unit's gradients wait on nvme
+    hardware: str
+    notes: tuple[str, ...] = ()
+    shortfall_bytes: dict[str, int] = field(default_factory=dict)
+    suggestions: tuple[str, ...] = ()
+
+    def unit(self, name: str) -> UnitPlan:
+        """The plan of the unit called `name`; KeyError if there is none."""
+        for unit in self.units:
+            if unit.name == name:
+                return unit
+        raise KeyError(f"the plan has no unit {name!r}")
+
+    def buffer(self, name: str) -> Buffers | None:
+        """The reserved buffers called `name`, None when the plan needs none of them."""
+        return next((b for b in self.buffers if b.name == name), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists, numbers and strings; `from_json` gives back an equal Plan."""
+        out = asdict(self)
+        for name in ("units", "buffers", "notes", "suggestions"):
+            out[name] = list(out[name])
+        if self.fits:
+            del out["shortfall_bytes"], out["suggestions"]
+        return out
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        """The inverse of `to_json`. Raises ValueError naming a missing or unknown key."""
+        values = dict(data)
+        try:
+            values["units"] = tuple(UnitPlan(**u) for u in values["units"])
+            values["buffers"] = tuple(Buffers(**b) for b in values["buffers"])
+            values["notes"] = tuple(values.get("notes", ()))
+            values["suggestions"] = tuple(values.get("suggestions", ()))
+            return cls(**values)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a plan of this version: {error}") from error

@@ -1,0 +1,365 @@
+"""What each unit of a model computes and allocates, found by running the model's own forward on fake tensors.
+
+No weights, no GPU, no memory in proportion to the model. The run follows the engine's: units are cut off at their
+boundaries and run without grad, then again with grad and backward; the last visit keeps its graph through the loss.
+Units that cannot differ (class, attributes, parameter and input shapes) are traced once.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from offload.planner.bounds import UnitModules, estimate_costs
+from offload.planner.live import LiveBytes
+from offload.planner.plan import Profile, UnitCost
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+def profile_model(
+    model: nn.Module,
+    units: Sequence[UnitModules],
+    *,
+    micro_batch: int,
+    sequence_length: int,
+    dtype: str | torch.dtype,
+    device: str = "cpu",
+    batch: Mapping[str, Tensor] | None = None,
+) -> Profile:
+    """Profile one training micro-batch of `model`, whose parameters may be on meta; the model is not touched.
+
+    `dtype` is what floating-point parameters are computed in; buffers keep their own. `batch` gives one micro-batch by
+    example (shapes and dtypes count); by default input_ids and labels. A model that cannot be traced is estimated from
+    parameter shapes, with a note that says why.
+    """
+    compute = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    notes: list[str] = []
+    if device == "cuda" and not torch.cuda.is_available():
+        device = "cpu"  # fake CUDA tensors need a CUDA build; the CPU's operators allocate much the same
+        notes.append("profile: traced with the CPU's operators, because there is no CUDA device here")
+    example = batch if batch is not None else default_batch(model, micro_batch, sequence_length)
+    reason = ""
+    for experts in (None, "grouped_mm"):  # a loop over the experts that got tokens has no shapes to trace
+        try:
+            found = _trace(model, units, compute, device, example, experts)
+            return replace(found, notes=(*notes, *found.notes))
+        except Exception as error:  # whatever a model's own code raises on fake tensors, a plan is still wanted
+            reason = reason or f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            if not hasattr(model, "set_experts_implementation"):
+                break
+    notes.append(f"profile: estimated because the model cannot be traced ({reason[:200]})")
+    return Profile(
+        estimate_costs(model, units, micro_batch * sequence_length, sequence_length, compute), 0, tuple(notes)
+    )
+
+
+def default_batch(model: nn.Module, micro_batch: int, sequence_length: int) -> dict[str, Tensor]:
+    """Token ids and labels of one micro-batch on meta: [B, S], or labels [B] for a sequence classifier."""
+    ids = torch.empty(micro_batch, sequence_length, dtype=torch.long, device="meta")
+    labels = torch.empty_like(ids)
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        labels = torch.empty(micro_batch, dtype=torch.long, device="meta")
+    return {"input_ids": ids, "labels": labels}
+
+
+@dataclass
+class _Traced:
+    """One unit pass: costs, and the shape of every output (or which input it is).
+
+    `collects`: the model takes tensors from inside the unit (router logits), so that its code must run at every visit.
+    """
+
+    cost: UnitCost
+    outputs: list[Any]
+    spec: pytree.TreeSpec
+    collects: bool
+
+
+@dataclass(frozen=True)
+class _Like:
+    """A tensor output: what to make in its place."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class _Input:
+    """An output that is the unit's input number `index`, passed through."""
+
+    index: int
+
+
+@dataclass
+class _Tracer:
+    """Stands at the boundaries of the fake model while its forward runs."""
+
+    live: LiveBytes
+    device: str
+    owners: dict[int, str]
+    traced: dict[Any, _Traced] = field(default_factory=dict)
+    visits: list[tuple[str, _Traced]] = field(default_factory=list)
+    tape: list[list[Any]] = field(default_factory=list)  # keeps every unit's inputs alive, as the engine does
+    last: int = -1  # the visit that keeps its graph; unknown in the first pass
+    kept: tuple[list[Any], list[Any]] = field(default_factory=lambda: ([], []))
+    entry: int = 0  # live bytes when the last visit begins
+
+    def visit(self, name: str, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        differentiable = torch.is_grad_enabled() and (
+            any(p.requires_grad for p in module.parameters())
+            or any(isinstance(x, Tensor) and x.requires_grad for x in flat)
+        )
+        key = _signature(module, flat, spec)
+        if key not in self.traced:
+            self.traced[key] = self._measure(forward, flat, spec, differentiable)
+        found = self.traced[key]
+        number = len(self.visits)
+        self.visits.append((name, found))
+        if number == self.last:
+            self.entry = self.live.mark()
+            outputs = self._run(forward, flat, spec, differentiable)
+        elif found.collects:
+            self.tape.append(flat)
+            outputs = self._run(forward, flat, spec, False)
+        else:
+            self.tape.append(flat)
+            outputs = [self._make(x, flat) for x in found.outputs]
+        leaves = [_leaf(x, differentiable) for x in outputs]
+        if number == self.last:
+            self.kept = (outputs, leaves)
+        return pytree.tree_unflatten(leaves, found.spec)
+
+    def _run(self, forward: Callable[..., Any], flat: list[Any], spec: pytree.TreeSpec, grad: bool) -> list[Any]:
+        with torch.set_grad_enabled(grad):
+            args, kwargs = pytree.tree_unflatten([_detach(x, grad) for x in flat], spec)
+            return pytree.tree_leaves(forward(*args, **kwargs), is_leaf=lambda x: x is None)
+
+    def _make(self, output: Any, flat: list[Any]) -> Any:
+        if isinstance(output, _Input):
+            return flat[output.index].detach()
+        if isinstance(output, _Like):
+            return torch.empty_strided(output.shape, output.stride, dtype=output.dtype, device=self.device)
+        return output
+
+    def _measure(self, forward: Callable[..., Any], flat: list[Any], spec: pytree.TreeSpec, grad: bool) -> _Traced:
+        live, cost = self.live, UnitCost()
+        start, flops = live.mark(), live.flops
+        with torch.no_grad():
+            args, kwargs = pytree.tree_unflatten([_detach(x, False) for x in flat], spec)
+            result = forward(*args, **kwargs)
+        del args, kwargs
+        outputs, out_spec = pytree.tree_flatten(result)
+        del result
+        cost.forward_flops = live.flops - flops
+        cost.workspace_forward = live.peak - start
+        cost.boundary_bytes = live.live - start  # what it returned, and what a collector took from inside it
+        if grad:
+            cost.workspace_backward = self._measure_backward(forward, flat, spec, outputs)
+        storages = {x.untyped_storage()._cdata: i for i, x in enumerate(flat) if isinstance(x, Tensor)}
+        returned = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in outputs if isinstance(x, Tensor)}
+        own = sum(n for key, n in returned.items() if key not in storages)
+        return _Traced(cost, [_template(x, storages) for x in outputs], out_spec, cost.boundary_bytes > own)
+
+    def _measure_backward(
+        self, forward: Callable[..., Any], flat: list[Any], spec: pytree.TreeSpec, outputs: list[Any]
+    ) -> int:
+        gradients = [torch.empty_like(x) if isinstance(x, Tensor) else None for x in outputs]
+        inputs = [_detach(x, True) for x in flat]
+        start = self.live.mark()
+
+        def run() -> None:
+            with torch.enable_grad():
+                args, kwargs = pytree.tree_unflatten(inputs, spec)
+                again = pytree.tree_leaves(forward(*args, **kwargs), is_leaf=lambda x: x is None)
+            _backward(again, gradients)
+
+        contextvars.Context().run(run)  # an empty context: the model's output collector must not see the second run
+        return self.live.peak - start
+
+
+def _trace(
+    model: nn.Module,
+    units: Sequence[UnitModules],
+    compute: torch.dtype,
+    device: str,
+    example: Mapping[str, Tensor],
+    experts: str | None,
+) -> Profile:
+    live = LiveBytes()
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        clone = _fake_copy(model, fake, compute, device)
+        if experts is not None:
+            set_experts: Any = clone.set_experts_implementation  # a method of every model of the library
+            set_experts(experts)
+        owners = _owners(model, clone, units)
+        batch = {k: torch.empty(v.shape, dtype=v.dtype, device=device) for k, v in example.items()}
+        live.ignore([*clone.parameters(), *clone.buffers(), *batch.values()])
+        for p in clone.parameters():
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(_free_gradient)
+        stack.enter_context(live)
+        first = _Tracer(live, device, owners)
+        with _boundaries(clone, first):
+            _loss(clone(**batch))
+        if not first.visits:
+            raise RuntimeError("the forward visited no unit")
+        first.tape.clear()
+        second = _Tracer(live, device, owners, first.traced, last=len(first.visits) - 1)
+        start = live.mark()
+        with _boundaries(clone, second):
+            loss = _loss(clone(**batch))
+        if loss.requires_grad:
+            loss.backward(retain_graph=True)
+        del loss
+        outputs, leaves = second.kept
+        gradients = [x.grad if isinstance(x, Tensor) else None for x in leaves]
+        second.kept = ([], [])
+        del leaves
+        _backward(outputs, gradients)
+        del outputs, gradients
+        tail = live.peak - second.entry
+    return _collect(units, second, tail, second.entry - start)
+
+
+def _collect(units: Sequence[UnitModules], tracer: _Tracer, tail: int, at_tail: int) -> Profile:
+    """Sum the visits by unit. What lives at the last visit and is no unit's output lives around the units."""
+    costs = {name: UnitCost() for name, _, _ in units}
+    boundaries = 0
+    for i, (name, found) in enumerate(tracer.visits):
+        total, one = costs[name], found.cost
+        total.visits += 1
+        total.forward_flops += one.forward_flops
+        total.workspace_forward = max(total.workspace_forward, one.workspace_forward)
+        if i == tracer.last:
+            total.kept = True
+            total.workspace_backward = max(total.workspace_backward, tail)
+        else:
+            total.boundary_bytes += one.boundary_bytes
+            boundaries += one.boundary_bytes
+            total.workspace_backward = max(total.workspace_backward, one.workspace_backward)
+    return Profile(costs, max(0, at_tail - boundaries) + _shared_gradients(tracer.tape))
+
+
+def _shared_gradients(tape: list[list[Any]]) -> int:
+    """Bytes of gradients that build up over several units, because each of them reads the tensor."""
+    readers: dict[int, int] = {}
+    sizes: dict[int, int] = {}
+    for flat in tape:
+        for x in {id(x): x for x in flat if isinstance(x, Tensor) and x.requires_grad}.values():
+            readers[id(x)] = readers.get(id(x), 0) + 1
+            sizes[id(x)] = x.numel() * x.element_size()
+    return sum(sizes[key] for key, count in readers.items() if count > 1)
+
+
+def _fake_copy(model: nn.Module, fake: FakeTensorMode, compute: torch.dtype, device: str) -> nn.Module:
+    """A copy of the model with fake parameters on `device`; the originals are neither copied nor changed."""
+    memo: dict[int, Any] = {}
+    for p in model.parameters():
+        dtype = compute if p.is_floating_point() else p.dtype
+        with torch.no_grad():
+            twin = torch.empty(p.shape, dtype=dtype, device=device)
+        memo[id(p)] = nn.Parameter(twin, requires_grad=p.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+    clone = copy.deepcopy(model, memo)
+    for module in clone.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "use_cache"):
+            config.use_cache = False
+    return clone.train()
+
+
+def _owners(model: nn.Module, clone: nn.Module, units: Sequence[UnitModules]) -> dict[int, str]:
+    """The unit name of each boundary module of the copy, by id."""
+    names = {id(m): name for name, m in model.named_modules()}
+    return {id(clone.get_submodule(names[id(m)])): unit for unit, _, modules in units for m in modules}
+
+
+@contextmanager
+def _boundaries(clone: nn.Module, tracer: _Tracer) -> Iterator[None]:
+    patched = [m for m in clone.modules() if id(m) in tracer.owners]
+
+    def patch(module: nn.Module) -> None:
+        original = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return tracer.visit(tracer.owners[id(module)], module, original, args, kwargs)
+
+        module.forward = forward
+
+    for module in patched:
+        patch(module)
+    try:
+        yield
+    finally:
+        for module in patched:
+            del module.forward
+
+
+def _loss(output: Any) -> Tensor:
+    loss = getattr(output, "loss", None)
+    if not isinstance(loss, Tensor):
+        raise RuntimeError("the forward returns no loss")
+    return loss
+
+
+def _free_gradient(p: Tensor) -> None:
+    """The engine moves a parameter's gradient to its slot as soon as it is complete."""
+    p.grad = None
+
+
+def _detach(x: Any, grad: bool) -> Any:
+    return x.detach().requires_grad_(grad and x.requires_grad) if isinstance(x, Tensor) else x
+
+
+def _leaf(x: Any, grad: bool) -> Any:
+    return x.detach().requires_grad_(grad and x.is_floating_point()) if isinstance(x, Tensor) else x
+
+
+def _template(x: Any, inputs: Mapping[int, int]) -> Any:
+    if not isinstance(x, Tensor):
+        return x
+    index = inputs.get(x.untyped_storage()._cdata)
+    return _Input(index) if index is not None else _Like(tuple(x.shape), x.stride(), x.dtype)
+
+
+def _backward(outputs: list[Any], gradients: list[Any]) -> None:
+    pairs = [
+        (out, gradient)
+        for out, gradient in zip(outputs, gradients, strict=True)
+        if isinstance(out, Tensor) and out.requires_grad and gradient is not None
+    ]
+    outputs.clear()
+    if pairs:
+        roots, seeds = [out for out, _ in pairs], [gradient for _, gradient in pairs]
+        del pairs
+        torch.autograd.backward(roots, seeds)
+
+
+_SIMPLE = (bool, int, float, str, type(None))
+
+
+def _signature(module: nn.Module, flat: list[Any], spec: pytree.TreeSpec) -> Any:
+    """Equal exactly for unit passes that cannot differ in shapes or operators."""
+    parts: list[Any] = [str(spec)]
+    for m in module.modules():
+        simple = tuple((k, v) for k, v in sorted(vars(m).items()) if isinstance(v, _SIMPLE) and not k.endswith("_idx"))
+        tensors = tuple((tuple(t.shape), t.dtype, t.requires_grad) for t in m.parameters(recurse=False))
+        parts.append((type(m), simple, tensors))
+    for x in flat:
+        if isinstance(x, Tensor):
+            parts.append((tuple(x.shape), x.stride(), x.dtype, x.requires_grad))
+        else:
+            parts.append(repr(x) if isinstance(x, _SIMPLE) else type(x))
+    return tuple(parts)

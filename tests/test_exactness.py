@@ -1,0 +1,98 @@
+"""The engine against plain PyTorch: losses, gradient norms and weights, to the bit."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+import zoo
+from torch import nn
+
+import offload
+from offload.engine import Engine, prepare
+
+ROWS = 2
+
+
+def streamed(path: Path, model: nn.Module, batches: list[dict[str, torch.Tensor]], total: int, **changes: Any) -> Any:
+    """Run the engine over the batches; every slot is filled with NaN when released, so a stale use would show."""
+    outcome = reference.Outcome()
+    with offload.wrap(copy.deepcopy(model), reference.config(path, ROWS, total, **changes)) as engine:
+        engine._weights._poison = True
+        for batch in batches:
+            result = engine.step(batch)
+            outcome.losses.append(result.loss)
+            outcome.norms.append(result.grad_norm)
+        outcome.weights = reference.weights(engine)
+    return outcome
+
+
+def smallest_cpu_budget(path: Path, model: nn.Module, total: int, **changes: Any) -> int:
+    """A RAM budget that holds the buffers and nothing else: all state goes to the store, gradients are spilled."""
+    cfg = offload.Config.load(reference.config(path, ROWS, total, **changes))
+    plan = prepare(cfg, copy.deepcopy(model)).plan
+    homes = plan.categories["cpu"].get("state", 0) + plan.categories["cpu"].get("gradient homes", 0)
+    return plan.peak_bytes["cpu"] - homes
+
+
+def assert_same(got: Any, want: Any) -> None:
+    assert got.losses == want.losses
+    assert got.norms == want.norms
+    differing = [name for name in want.weights if not torch.equal(got.weights[name], want.weights[name])]
+    assert not differing
+
+
+def assert_close(got: Any, want: Any) -> None:
+    """The documented exceptions: loss to 1e-6, mean weight difference to 1e-5 of lr x steps."""
+    assert got.losses == pytest.approx(want.losses, rel=1e-6)
+    difference = sum((got.weights[name] - want.weights[name]).abs().sum().item() for name in want.weights)
+    mean = difference / sum(w.numel() for w in want.weights.values())
+    assert mean <= 1e-5 * reference.LR * reference.STEPS
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("placement", ["cpu", "nvme"])
+@pytest.mark.parametrize("name", zoo.ARCHITECTURES)
+def test_equal_to_plain_pytorch(name: str, placement: str, micro_batches: int, fast_path: Path) -> None:
+    model = zoo.make(name)
+    total = ROWS * micro_batches
+    batches = zoo.batches(name, reference.STEPS, total)
+    want = reference.train(model, batches, ROWS, takes_total=name not in zoo.OWN_LOSS)
+    changes = {}
+    if placement == "nvme":
+        changes["memory.cpu"] = smallest_cpu_budget(fast_path / "plan", model, total)
+    got = streamed(fast_path / "run", model, batches, total, **changes)
+    if (name in zoo.TIED and micro_batches > 1) or name in zoo.ENCODER_DECODER:
+        assert_close(got, want)
+    else:
+        assert_same(got, want)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_equal_without_clipping(micro_batches: int, fast_path: Path) -> None:
+    """Without a norm to wait for, each unit is updated inside backward."""
+    model = zoo.make("llama")
+    total = ROWS * micro_batches
+    batches = zoo.batches("llama", reference.STEPS, total)
+    want = reference.train(model, batches, ROWS, max_grad_norm=None)
+    budget = smallest_cpu_budget(fast_path / "plan", model, total, **{"train.max_grad_norm": None})
+    for where, changes in {"cpu": {}, "nvme": {"memory.cpu": budget}}.items():
+        got = streamed(fast_path / where, model, batches, total, **{"train.max_grad_norm": None}, **changes)
+        assert_same(got, want)
+
+
+def test_nvme_placement_streams_everything(fast_path: Path) -> None:
+    model = zoo.make("llama")
+    budget = smallest_cpu_budget(fast_path / "plan", model, 6)
+    with offload.wrap(model, reference.config(fast_path / "run", ROWS, 6, **{"memory.cpu": budget})) as engine:
+        placements = {tier for unit in engine.plan.units for tier in list(unit.placement.values())}
+        assert placements == {"nvme", "gpu"}
+        assert engine.plan.commit_every == 1
+        assert not engine._held.states.units[0].homes
+        engine.step(zoo.batches("llama", 1, 6)[0])
+        assert engine.commit() == 1
+    assert Engine is type(engine)
