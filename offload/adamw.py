@@ -21,7 +21,7 @@ _SIGN = -(2**31)
 
 @dataclass(frozen=True)
 class Hyper:
-    """What one optimizer step needs beside the tensors; `coefficient` is the clipping factor (float32 scalar) or None."""
+    """What one optimizer step needs beside the tensors; `coefficient` is the clipping factor (fp32 scalar) or None."""
 
     lr: float
     beta1: float
@@ -79,8 +79,8 @@ def split_master(master: Tensor, weight: Tensor, low: Tensor, exp_avg_sq: Tensor
     """Write the float32 master [n] as its bfloat16 rounding and low half, and mark ties in `exp_avg_sq`.
 
     Args:
-        master: float32 [n]. weight: bfloat16 [n], written. low: int16 [n], written. exp_avg_sq: float32 [n], non-negative,
-            its sign bit written.
+        master: float32 [n]. weight: bfloat16 [n], written. low: int16 [n], written.
+        exp_avg_sq: float32 [n], non-negative, its sign bit written.
     """
     weight.copy_(master)
     difference = weight.view(torch.int16).to(torch.int32).bitwise_left_shift_(16)

@@ -30,11 +30,14 @@ def wrap(model: nn.Module | None, config: Source) -> Engine:
     return Engine.create(Config.load(config), model)
 
 
-def resume(run_dir: str | Path) -> Engine:
-    """The engine of an existing run, at its last committed step. Raises ConfigError when there is no such run."""
+def resume(run_dir: str | Path, model: nn.Module | None = None) -> Engine:
+    """The engine of an existing run, at its last committed step. Raises ConfigError when there is no such run.
+
+    `model`: built as before the run, where the run directory alone cannot say how (peft models).
+    """
     from offload.engine import Engine
 
-    return Engine.resume(Path(run_dir))
+    return Engine.resume(Path(run_dir), model)
 
 
 def plan(config: Source, hardware: str | Path | None = None) -> Plan:
@@ -43,14 +46,14 @@ def plan(config: Source, hardware: str | Path | None = None) -> Plan:
     `hardware`: a preset ("rtx4090") or a file instead of this machine; budgets in the config override its capacities.
     Raises ConfigError.
     """
-    from offload.planner.hardware import load_preset
+    from offload.planner import load_hardware
     from offload.prepare import prepare
 
     cfg = Config.load(config)
     if hardware is None:
         return prepare(cfg).plan
     try:
-        machine = load_preset(hardware, ssds=len(cfg.store_paths()))
+        machine = load_hardware(hardware, ssds=len(cfg.store_paths()))
     except ValueError as error:
         raise ConfigError(f"--hardware {hardware}: {error}") from None
     return prepare(cfg, hardware=machine).plan

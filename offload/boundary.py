@@ -68,6 +68,17 @@ def thread_state(state: ThreadState, device: str) -> Iterator[None]:
         mine.apply(device)
 
 
+@contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    """Autocast keeps casts of weights by parameter: without graph if made in the first pass, stale after a refill."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
 @dataclass
 class Record:
     """One pass of one micro-batch through one unit: what backward needs to run it again."""
@@ -83,11 +94,7 @@ class Record:
     differentiable: bool
     changed_buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (buffer, its value before the forward)
     kept: tuple[list[Any], list[Any]] | None = None  # (detached inputs, outputs with their graph)
-
-    def boundary_bytes(self) -> int:
-        """Bytes of the output leaves, counting each storage once."""
-        sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.leaves if torch.is_tensor(t)}
-        return sum(sizes.values())
+    nbytes: int = 0  # of the output leaves, each storage once
 
 
 class MicroBatch:
@@ -96,7 +103,7 @@ class MicroBatch:
     def __init__(self, forward: Callable[[], Tensor], seed: int, device: str, training: bool) -> None:
         self._device = device
         self._coroutine = greenlet(forward)
-        self._coroutine.micro_batch = self  # type: ignore[attr-defined]
+        self._coroutine.micro_batch = self
         self.tape: list[Record] = []
         self.training = training
         self.loss: Tensor | None = None
@@ -154,9 +161,7 @@ class MicroBatch:
             if self._uses[id(x)] == 0 and id(x) in self._pending:
                 ready[id(x)] = x
         if ready:
-            torch.autograd.backward(
-                list(ready.values()), [self._pending.pop(key) for key in ready], retain_graph=True
-            )
+            torch.autograd.backward(list(ready.values()), [self._pending.pop(key) for key in ready], retain_graph=True)
         return record
 
     def _glue_is_shared(self, loss: Tensor) -> bool:
@@ -205,13 +210,18 @@ class Boundaries:
                     f"{unit.name} belongs to an offload engine, which holds its weights: use engine.step or "
                     "engine.evaluate instead of calling the model"
                 )
+            if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+                raise OffloadError(
+                    f"{unit.name} is called under open saved_tensors_hooks, which a coroutine switch would leak; close "
+                    "them around the model's units"
+                )
             getcurrent().parent.switch(unit)
             record, output = _run(unit, module, original, args, kwargs, self._device, micro_batch.keep_graph, mutable)
             if micro_batch.training:
                 micro_batch.tape.append(record)
             return output
 
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
         self._patched.append(module)
 
 
@@ -248,11 +258,8 @@ def _run(
     """Run a unit on detached inputs and turn its outputs into leaves."""
     flat, spec = pytree.tree_flatten((args, kwargs), is_leaf=lambda x: isinstance(x, Cache))
     if any(isinstance(x, Cache) for x in flat):
-        raise OffloadError(f"{unit.name} was given a key/value cache; training needs use_cache=False and none passed in")
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         raise OffloadError(
-            f"{unit.name} runs under open saved_tensors_hooks, which a coroutine switch would leak; close them around "
-            "the model's units"
+            f"{unit.name} was given a key/value cache; training needs use_cache=False and none passed in"
         )
     state = ThreadState.now(device)
     differentiable = state.grad and (
@@ -267,7 +274,7 @@ def _run(
 
     keep = keep_graph and differentiable
     inputs = [_detach(x, keep) for x in flat]
-    with torch.set_grad_enabled(keep):
+    with torch.set_grad_enabled(keep), _no_autocast_cache():
         call_args, call_kwargs = pytree.tree_unflatten(inputs, spec)
         output = forward(*call_args, **call_kwargs)
 
@@ -293,6 +300,8 @@ def _run(
         unit, forward, flat, spec, state, leaves, side, list(counts) if collector is not None else None, differentiable
     )
     record.changed_buffers = mutable.changed(before)
+    storages = {t.untyped_storage() for t in leaves if torch.is_tensor(t)}
+    record.nbytes = sum({s.data_ptr(): s.nbytes() for s in storages}.values())
     if keep:
         record.kept = (inputs, out_flat + kept_side)
     return record, pytree.tree_unflatten(leaves, out_spec)
@@ -300,21 +309,24 @@ def _run(
 
 def _backward(record: Record, device: str) -> list[tuple[Tensor, Tensor]]:
     """Run a record again with grad and backward through it; returns (input as the model gave it, its gradient)."""
+    after: list[tuple[Tensor, Tensor]] = []
     if record.kept is not None:
         inputs, outputs = record.kept
         record.kept = None
     else:
         inputs = [_detach(x, True) for x in record.inputs]
         after = [(b, b.detach().clone()) for b, _ in record.changed_buffers]
-        with thread_state(record.state, device), torch.enable_grad(), capture.recapture(record.collected) as collected:
+        with (
+            thread_state(record.state, device),
+            torch.enable_grad(),
+            _no_autocast_cache(),
+            capture.recapture(record.collected) as collected,
+        ):
             for buffer, old in record.changed_buffers:
                 buffer.copy_(old)
             args, kwargs = pytree.tree_unflatten(inputs, record.spec)
             outputs = pytree.tree_flatten(record.forward(*args, **kwargs))[0]
             outputs = outputs + [collected[key][i] for key, i, _ in record.side]
-        with torch.no_grad():
-            for buffer, new in after:
-                buffer.copy_(new)
     leaves = record.leaves + [leaf for _, _, leaf in record.side]
     pairs = [
         (out, leaf.grad)
@@ -327,6 +339,9 @@ def _backward(record: Record, device: str) -> list[tuple[Tensor, Tensor]]:
         roots, gradients = [o for o, _ in pairs], [g for _, g in pairs]
         del pairs
         torch.autograd.backward(roots, gradients)
+    with torch.no_grad():
+        for buffer, new in after:
+            buffer.copy_(new)
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for x, detached in zip(record.inputs, inputs, strict=True):
         if torch.is_tensor(x) and x.requires_grad and detached.grad is not None:

@@ -1,8 +1,8 @@
 """The one place that touches transformers' private output collector.
 
 Models that return router logits, attentions or hidden states collect them, through a context variable, from inside
-blocks. A tensor collected inside a unit is an output of that unit, so the boundary has to see it. `tests/test_capture.py`
-checks this adapter against the installed transformers.
+blocks. A tensor collected inside a unit is an output of that unit, so the boundary has to see it.
+`tests/test_boundary.py` checks this adapter against the installed transformers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How checkpoint tensors become a model's parameters and back: the only place that touches transformers' private API.
+"""How checkpoint tensors become a model's parameters and back; what is private of transformers' conversions is here.
 
 transformers renames and converts while loading and saving (`core_model_loading`, `conversion_mapping`): legacy names,
 prefixes of base models, experts stored one by one and fused in the module. Its own rules are used here, on names and

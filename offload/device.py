@@ -94,8 +94,8 @@ class CudaDevice:
         error = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)
         if int(error) != 0:
             raise RuntimeError(
-                f"cudaHostRegister of {buffer.numel()} bytes failed with CUDA error {int(error)}; raise the locked-memory "
-                "limit (ulimit -l) or lower memory.cpu"
+                f"cudaHostRegister of {buffer.numel()} bytes failed with CUDA error {int(error)}; raise the "
+                "locked-memory limit (ulimit -l) or lower memory.cpu"
             )
         self._pinned.append(buffer)
 

@@ -20,9 +20,10 @@ import offload
 from offload import tables
 from offload.errors import ConfigError
 from offload.io import DirectFile, Ledger, StoreError, ThreadsBackend, allocate
+from offload.planner import available_ram
 
 CHUNK = 8 * 2**20  # bytes of one transfer
-MEASURED = 256 * 2**20  # bytes written and read at each store path
+MEASURED = 128 * 2**20  # bytes written and read at each store path
 ADAMW_PARAMETERS = 4_000_000
 SLOW_SSD = 2e9  # bytes per second; below this a store on PCIe 4 NVMe would be several times faster
 
@@ -30,7 +31,7 @@ SLOW_SSD = 2e9  # bytes per second; below this a store on PCIe 4 NVMe would be s
 def examine(stores: Sequence[Path]) -> dict[str, Any]:
     """Everything the command shows, as plain data; sizes in bytes, rates per second.
 
-    Each path in `stores` is measured with a temporary file of at most 256 MiB. Raises ConfigError for a path that does
+    Each path in `stores` is measured with a temporary file of at most 128 MiB. Raises ConfigError for a path that does
     not exist.
     """
     for path in stores:
@@ -70,28 +71,10 @@ def _gpus() -> list[dict[str, Any]]:
     return gpus
 
 
-def _ram() -> dict[str, int | None]:
+def _ram() -> dict[str, int]:
     memory = psutil.virtual_memory()
-    return {"total_bytes": memory.total, "available_bytes": memory.available, "cgroup_limit_bytes": _cgroup_limit()}
-
-
-def _cgroup_limit() -> int | None:
-    """The lowest memory limit of this process's control group and its parents (version 2), else of version 1."""
-    limits = []
-    try:
-        group = next(
-            (line[3:].strip() for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::")),
-            "",
-        )
-        here = Path("/sys/fs/cgroup") / group.lstrip("/")
-        candidates = [p / "memory.max" for p in (here, *here.parents)]
-        for file in (*candidates, Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
-            if file.is_file() and (text := file.read_text().strip()) != "max":
-                limits.append(int(text))
-    except OSError:
-        pass
-    lowest = min(limits, default=None)
-    return lowest if lowest is not None and lowest < psutil.virtual_memory().total else None
+    # What `memory.cpu: auto` gives a run: control groups obeyed, room left to the system.
+    return {"total_bytes": memory.total, "available_bytes": memory.available, "auto_budget_bytes": available_ram()}
 
 
 def _numa() -> list[dict[str, Any]]:
@@ -203,11 +186,6 @@ def _advice(found: dict[str, Any]) -> list[str]:
                 )
             if not store["direct_io"]:
                 advice.append(f"{where} has no O_DIRECT: transfers pass through the page cache and compete for RAM.")
-    limit, total = found["ram"]["cgroup_limit_bytes"], found["ram"]["total_bytes"]
-    if limit:
-        advice.append(
-            f"This control group may use {tables.size(limit)} of {tables.size(total)} RAM; memory.cpu obeys it."
-        )
     if any(node["cxl_like"] for node in found["numa"]):
         advice.append("There is a NUMA node without CPUs (CXL memory); this version does not use it yet.")
     return advice
@@ -222,7 +200,11 @@ def render(found: dict[str, Any]) -> RenderableType:
         table.add_row("GPU", "none")
     table.add_row("CPU", f"{found['cpu']['cores']} cores, {found['cpu']['usable_threads']} usable threads")
     ram = found["ram"]
-    table.add_row("RAM", f"{tables.size(ram['available_bytes'])} available of {tables.size(ram['total_bytes'])}")
+    table.add_row(
+        "RAM",
+        f"{tables.size(ram['available_bytes'])} available of {tables.size(ram['total_bytes'])}; "
+        f"memory.cpu: auto takes {tables.size(ram['auto_budget_bytes'])}",
+    )
     for node in found["numa"]:
         what = "no CPUs (CXL)" if node["cxl_like"] else f"CPUs {node['cpus']}"
         table.add_row(f"NUMA node {node['node']}", f"{tables.size(node['memory_bytes'])}, {what}")

@@ -1,9 +1,9 @@
 """The engine: one training step, readable from top to bottom.
 
-    forward    for each unit in order: bind its weights, pass every micro-batch through it;
-               a micro-batch that reaches its loss runs backward through the last unit at once
-    backward   for each unit in reverse: bind, run every micro-batch again with grad, drain the summed gradient
-    update     AdamW where the state lives, in backward or ahead of the next forward; then commit
+forward    for each unit in order: bind its weights, pass every micro-batch through it;
+           a micro-batch that reaches its loss runs backward through the last unit at once
+backward   for each unit in reverse: bind, run every micro-batch again with grad, drain the summed gradient
+update     AdamW where the state lives, in backward or ahead of the next forward; then commit
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from offload import resources
+from offload import models, resources
 from offload.adamw import Hyper
 from offload.boundary import Boundaries, MicroBatch
 from offload.config import Config
@@ -31,9 +31,12 @@ from offload.resources import TIMEOUT, Resources
 from offload.rundir import RunDirectory
 from offload.samples import count_tokens
 from offload.schedule import learning_rates
+from offload.state import WeightReader
+from offload.tokenization import load_tokenizer
 from offload.units import Unit
 from offload.update_stream import UpdateStream
 from offload.weight_stream import WeightStream
+from offload.weights import save_pretrained
 
 __all__ = ["Engine", "Prepared", "StepResult", "micro_seed", "prepare"]
 
@@ -71,6 +74,7 @@ class Engine:
         self._clips = cfg.train.max_grad_norm is not None
         self._failed = False
         self._closed = False
+        self._runs: list[MicroBatch] = []
         self._restore(held.store.meta)
         with ExitStack() as stack:  # undone in reverse: streams, what they hold, the model, the run
             stack.callback(run.close)
@@ -159,6 +163,7 @@ class Engine:
         micro = self._split(batch)
         begin = time.perf_counter()
         with self._all_or_nothing():
+            self._updates.check()
             lr = self._lr(self.completed_steps)
             runs = self._start(micro, training=True)
             losses = self._forward(runs)
@@ -197,7 +202,7 @@ class Engine:
                 if unit.resident:
                     self._gradients.open(unit)
         self._visited: list[int] = []
-        runs = []
+        self._runs = runs = []
         for i, (inputs, scale) in enumerate(zip(micro, self._loss_items.scales(micro), strict=True)):
             seed = micro_seed(self.config.train.seed, self.completed_steps, i)
             runs.append(MicroBatch(self._forward_of(inputs, scale), seed, self._device, training))
@@ -237,15 +242,15 @@ class Engine:
         assert run.loss is not None
         value = run.loss.item()
         if run.training:
-            with self._trace.span("compute", f"backward of {unit.name}"):
+            with self._trace.span("compute", "backward of the loss"):
                 run.backward_loss()
-                if run.tape and run.tape[-1].unit is unit:
-                    self._gradients.open(unit)
-                    run.backward_unit()
+            if run.tape and run.tape[-1].unit is unit:
+                self._gradients.open(unit)
+                self._backward_unit(run, unit)
         return value
 
     def _backward(self, runs: list[MicroBatch]) -> None:
-        """Units in reverse; within a unit the micro-batches in order, so that gradients are summed as in a plain loop."""
+        """Units in reverse; within a unit the micro-batches in order: gradients are summed as in a plain loop."""
         while any(run.tape for run in runs):
             unit = max(runs, key=lambda run: len(run.tape)).tape[-1].unit
             here = [run for run in runs if run.tape and run.tape[-1].unit is unit]
@@ -254,11 +259,10 @@ class Engine:
                 self._gradients.open(unit)
                 with self._weights.bound(unit):
                     for run in here:
-                        with self._trace.span("compute", f"backward of {unit.name}"):
-                            run.backward_unit()
+                        self._backward_unit(run, unit)
             else:
                 for run in here:
-                    run.backward_unit()
+                    self._backward_unit(run, unit)
             self._drain_if_done(unit, runs)
         self._visits[True] = self._visited
 
@@ -268,8 +272,17 @@ class Engine:
             self._gradients.close_unit(unit)
 
     def _advance(self, run: MicroBatch, name: str) -> Unit | None:
+        passed = len(run.tape)
         with self._trace.span("compute", f"forward of {name}"):
-            return run.advance()
+            wanted = run.advance()
+        if len(run.tape) > passed:
+            self.ledger.add("gpu", "activations", run.tape[-1].nbytes)
+        return wanted
+
+    def _backward_unit(self, run: MicroBatch, unit: Unit) -> None:
+        with self._trace.span("compute", f"backward of {unit.name}"):
+            record = run.backward_unit()
+        self.ledger.remove("gpu", "activations", record.nbytes)
 
     # ---- norm, update, commit ----
 
@@ -365,13 +378,22 @@ class Engine:
                 self._updates.flush()
         return self.committed_step
 
-    def save_pretrained(self, out: str | Path) -> None:
-        """Write the current weights as a Hugging Face directory, streamed; pending updates are part of it."""
-        from offload import export
+    def save_pretrained(self, out: str | Path, tokenizer: Any = None) -> None:
+        """Write the current weights as a Hugging Face directory, streamed; pending updates are part of it.
 
+        Args:
+            out: a directory that does not exist or is empty; it appears whole or not at all.
+            tokenizer: saved beside the model; by default the one the configuration names or the model brings.
+        """
         self.flush()
-        with self._all_or_nothing():
-            export.save_pretrained(self.model, out, self._held.states.reader(self._held.staging, TIMEOUT))
+        reader = WeightReader(self._held.states, self._held.staging, TIMEOUT)
+        save_pretrained(self.model, out, reader, tokenizer=tokenizer or self._own_tokenizer(), dtype=self._held.dtype)
+
+    def _own_tokenizer(self) -> Any:
+        cfg = self.config
+        described = cfg.model is not None and cfg.model.path is not None
+        directory = models.locate(cfg.model, weights=False) if cfg.model is not None and described else None
+        return load_tokenizer(cfg.data.tokenizer if cfg.data else None, directory)
 
     def close(self) -> None:
         """Commit, stop all lanes and give memory, locks and the model's own forward back. Safe to call twice.
@@ -403,11 +425,15 @@ class Engine:
         """After an error inside, this engine goes no further: the store still holds the last committed step whole."""
         if self._closed or self._failed:
             why = "is closed" if self._closed else "failed before"
-            raise OffloadError(f"this engine {why}; go on from the last commit with offload.resume({str(self.run.path)!r})")
+            raise OffloadError(
+                f"this engine {why}; go on from the last commit with offload.resume({str(self.run.path)!r})"
+            )
         try:
             yield
         except BaseException:
             self._failed = True
+            for run in self._runs:
+                run.abandon()
             raise
 
     def _split(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from offload.models import original_config
 from offload.names import base_model_of, is_peft
 from offload.tensor_files import DTYPES, INDEX_FILE, SINGLE_FILE
 
-_SLICE_BYTES = 8 << 20
+_SLICE_BYTES = 4 << 20
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Lies in a directory while it is being written, so that what a killed process left can be told from a user's files.
 _MARKER = ".unfinished-export"

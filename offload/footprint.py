@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 from offload import memory
+from offload.errors import OffloadError
 
 INTERVAL = 0.005  # seconds between samples
 
@@ -53,26 +54,42 @@ def toy(model_type: str) -> None:
     from offload.config import ModelConfig
 
     defaults = models.config_from_architecture({"model_type": model_type})
-    nested = getattr(defaults, "text_config", None)
-    if isinstance(nested, PreTrainedConfig):
-        small: dict[str, Any] = {"text_config": {k: v for k, v in _SMALL.items() if hasattr(nested, k)}}
-    else:
-        small = {k: v for k, v in _SMALL.items() if hasattr(defaults, k)}
+    parts = {name: getattr(defaults, name, None) for name in getattr(defaults, "sub_configs", {})}
+    small: dict[str, Any] = {k: _small(v) for k, v in parts.items() if isinstance(v, PreTrainedConfig)}
+    small = small or _small(defaults)
     described = ModelConfig(architecture={"model_type": model_type, **small}, dtype="float32")
     on_meta = models.build(described)
     torch.manual_seed(0)
     model = type(on_meta)(on_meta.config)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     ids = torch.arange(64).remainder(500).reshape(1, 64)
-    loss = model(input_ids=ids, labels=ids).loss
+    decoder = {"decoder_input_ids": ids} if on_meta.config.is_encoder_decoder else {}
+    loss = model(input_ids=ids, labels=ids, **decoder).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
 
 
+def _small(config: Any) -> dict[str, Any]:
+    """The settings of `_SMALL` that this configuration has and lets be set."""
+    settable = {
+        k: v
+        for k, v in _SMALL.items()
+        if hasattr(config, k) and getattr(getattr(type(config), k, None), "fset", True) is not None
+    }
+    if hasattr(config, "qk_rope_head_dim"):  # the size of a head is then a sum of parts that stay as they are
+        settable.pop("head_dim", None)
+        settable["num_key_value_heads"] = settable["num_attention_heads"]
+    return settable
+
+
 def main(arguments: list[str]) -> int:
     if len(arguments) == 2 and arguments[0] == "--toy":
-        toy(arguments[1])
+        try:
+            toy(arguments[1])
+        except OffloadError as error:
+            print(error, file=sys.stderr)
+            return 1
         return 0
     if len(arguments) != 1 or arguments[0].startswith("-"):
         print("usage: python -m offload.footprint MODEL_TYPE   (llama, gpt2, ...)", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""How a unit's parameters lie in flat memory: the one description shared by device slots, store extents and the optimizer.
+"""How a unit's parameters lie in flat memory: one description for device slots, store extents and the optimizer.
 
 Each unit has two flat element spaces, one for trainable and one for frozen parameters. A parameter starts at a multiple
 of 64 elements, so that an optimizer pass over any chunk that starts at a multiple of 64 rounds like a pass over the

@@ -138,7 +138,7 @@ class LossItems:
         @functools.wraps(loss_function)
         def watched(*args: Any, **kwargs: Any) -> Any:
             if kwargs.get("num_items_in_batch") is not None:
-                getcurrent().loss_was_given_total = True  # type: ignore[attr-defined]
+                getcurrent().loss_was_given_total = True
             return loss_function(*args, **kwargs)
 
         return watched

@@ -171,6 +171,11 @@ def _download(repo: str, weights: bool, code: bool) -> Path:
             f"({type(error).__name__}: {_first_line(error)}); go online, or download it elsewhere with "
             f"`hf download {repo} --local-dir DIR` and set model.path to DIR"
         ) from error
+    if weights and not any(Path(path).glob("*.safetensors")):
+        raise ConfigError(
+            f"model.path: {repo!r} on the hub has no safetensors weights; pickled ones can run code when opened and "
+            "are not used. Look for a converted copy (many repositories have one as a pull request)"
+        )
     if not (Path(path) / "config.json").is_file():
         raise ConfigError(f"model.path: {repo!r} on the hub has no config.json, so it is not a transformers model")
     return Path(path)

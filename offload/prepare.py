@@ -13,13 +13,14 @@ from torch import nn
 from offload import models
 from offload.config import Config
 from offload.errors import ConfigError, OffloadError
-from offload.planner import Budgets, Hardware, Plan, UnitProfile, Workload, make_budgets, make_plan, probe
-
+from offload.planner import Budgets, Hardware, Plan, UnitProfile, Workload, make_plan, probe
 from offload.planner.profile import profile_model
 from offload.units import Unit, find_units
 
 # What is planned for when the config has no data section: batches then come from the caller.
 DEFAULT_SEQUENCE_LENGTH = 1024
+# GPU memory that `memory.gpu: auto` leaves to the CUDA context and libraries.
+GPU_ROOM = 1 << 30
 
 
 @dataclass
@@ -28,7 +29,6 @@ class Prepared:
 
     config: Config
     model: nn.Module
-    loaded: bool  # the model was given with its weights in memory
     units: list[Unit]
     workload: Workload
     hardware: Hardware
@@ -54,7 +54,6 @@ def prepare(cfg: Config, model: nn.Module | None = None, hardware: Hardware | No
     if model is None and cfg.model is None:
         raise ConfigError("model: missing; give model.path, model.architecture, or a model to offload.wrap")
     device = device_name(cfg)
-    loaded = model is not None and not any(p.is_meta for p in model.parameters())
     if model is None:
         assert cfg.model is not None
         model = models.build(cfg.model)
@@ -71,11 +70,11 @@ def prepare(cfg: Config, model: nn.Module | None = None, hardware: Hardware | No
         hardware = probe(device, [Path(p.path) for p in cfg.store_paths()])
     budgets = _budgets(cfg, hardware, device)
     plan = make_plan(workload, budgets, hardware, cfg.planner.solver, cfg.planner.time_limit)
-    return Prepared(cfg, model, loaded, units, workload, hardware, plan, device, dtype, budgets.nvme)
+    return Prepared(cfg, model, units, workload, hardware, plan, device, dtype, budgets.nvme)
 
 
 def device_name(cfg: Config) -> str:
-    """ "cuda" or "cpu": what `memory.device` says, or what there is. Raises ConfigError for a CUDA that is not there."""
+    """ "cuda" or "cpu": what `memory.device` says, or what there is; ConfigError for a CUDA that is not there."""
     available = torch.cuda.is_available()
     if cfg.memory.device == "auto":
         return "cuda" if available else "cpu"
@@ -85,7 +84,7 @@ def device_name(cfg: Config) -> str:
 
 
 def compute_dtype(cfg: Config, model: nn.Module) -> torch.dtype:
-    """`model.dtype` of the config, or, without a model section, the dtype of the model that was given."""
+    """`model.dtype` of the config, or, without a model section, the dtype of the given model."""
     if cfg.model is not None:
         return getattr(torch, cfg.model.dtype)
     found = {p.dtype for p in model.parameters() if p.is_floating_point()}
@@ -98,7 +97,9 @@ def compute_dtype(cfg: Config, model: nn.Module) -> torch.dtype:
 def _workload(cfg: Config, model: nn.Module, units: list[Unit], dtype: torch.dtype, device: str) -> Workload:
     integer = [n for n, p in model.named_parameters() if not p.is_floating_point()]
     if integer:
-        raise ConfigError(f"model: {integer[0]} holds integers; quantized models cannot be trained here, load it in bfloat16")
+        raise ConfigError(
+            f"model: {integer[0]} holds integers; quantized models cannot be trained here, load it in bfloat16"
+        )
     length = _sequence_length(cfg, model)
     profile = profile_model(
         model,
@@ -156,7 +157,12 @@ def _budgets(cfg: Config, hardware: Hardware, device: str) -> Budgets:
         (entry.path, _free_disk(Path(entry.path)) if entry.size == "auto" else int(entry.size))
         for entry in cfg.store_paths()
     ]
-    return make_budgets(hardware, device, cfg.memory.gpu, cfg.memory.cpu, 0, nvme)
+    cpu = hardware.cpu_bytes if cfg.memory.cpu == "auto" else int(cfg.memory.cpu)
+    if cfg.memory.gpu != "auto":
+        gpu = int(cfg.memory.gpu)
+    else:  # on the CPU the device's arena is part of the RAM budget
+        gpu = cpu if device == "cpu" else max(0, hardware.gpu_bytes - GPU_ROOM)
+    return Budgets(gpu, cpu, 0, tuple(nvme))
 
 
 def _free_disk(path: Path) -> int:

@@ -203,7 +203,8 @@ def _planned_by(plan: Mapping[str, Any]) -> str:
     if not plan:
         return ""
     return (
-        f"Planned by {plan['solver']['name']} ({plan['solver']['status']}): step {tables.duration(plan['step_seconds'])}, "
+        f"Planned by {plan['solver']['name']} ({plan['solver']['status']}): "
+        f"step {tables.duration(plan['step_seconds'])}, "
         f"{plan['tokens_per_second']:,.0f} tokens/s, busiest lane {plan['busiest_lane']}."
     )
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from offload import models
+from offload.checkpoint_source import CheckpointSource
 from offload.config import Config
 from offload.device import Device, open_device
 from offload.errors import ConfigError, OffloadError
@@ -26,7 +27,7 @@ from offload.rundir import RunDirectory
 from offload.state import States, extents
 from offload.trace import Trace
 from offload.units import Unit
-from offload.weights import LoadedSource, TensorSource, load_buffers
+from offload.weights import TensorSource, open_weights
 
 # Seconds a lane waits for a buffer or for weights before it reports what hangs. The store watches the device itself.
 TIMEOUT = 600.0
@@ -86,7 +87,8 @@ def create(prepared: Prepared, run: RunDirectory) -> Iterator[Resources]:
 @contextmanager
 def reopen(prepared: Prepared, run: RunDirectory) -> Iterator[Resources]:
     """Reserve everything for a run that exists and fill the RAM homes from its last committed step."""
-    paths = [StorePath(Path(p.path), 0) for p in run.store_paths]
+    # sizes come from the manifest
+    paths = [StorePath(Path(p.path), 1) for p in run.store_paths]
     store = Store.open(paths, run.store_name, backend=prepared.config.memory.backend)
     wanted = extents(prepared.units, prepared.dtype, prepared.gradient_dtype.itemsize, _spilled(prepared))
     missing = [e.key for e in wanted if store.extents.get(e.key) != e]
@@ -203,19 +205,11 @@ def _described(cfg: Config) -> bool:
 def _source(prepared: Prepared) -> TensorSource:
     """The weights: the given model's own, the checkpoint's, or fresh random ones. Validated before anything streams."""
     cfg = prepared.config
-    if prepared.loaded:
-        return LoadedSource(prepared.model)
-    if cfg.model is not None and cfg.model.path is not None:
-        from offload.checkpoint_source import CheckpointSource
-
-        directory = models.locate(cfg.model)
-        assert directory is not None
-        source = CheckpointSource(directory, prepared.model)
-        load_buffers(directory, prepared.model)
-        return source
-    from offload.random_init import RandomSource
-
-    return RandomSource(prepared.model, cfg.train.seed)
+    directory = models.locate(cfg.model) if cfg.model is not None and cfg.model.path is not None else None
+    source = open_weights(prepared.model, directory, cfg.train.seed)
+    if isinstance(source, CheckpointSource):
+        source.load_buffers()
+    return source
 
 
 def _save_architecture(model: nn.Module, run: Path) -> None:

@@ -165,7 +165,12 @@ class RunDirectory:
         write_atomically(self.path / "memory.json", json.dumps(memory, indent=1) + "\n")
 
     def write_trace(self, events: list[dict[str, Any]]) -> None:
-        """Chrome trace events (chrome://tracing, Perfetto): `ts` and `dur` in microseconds."""
+        """Chrome trace events (chrome://tracing, Perfetto): `ts` and `dur` in microseconds.
+
+        With nothing but names of rows (no step was taken) an earlier trace stays.
+        """
+        if all(event["ph"] == "M" for event in events):
+            return
         write_atomically(self.path / "trace.json", json.dumps(events) + "\n")
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ def learning_rates(name: str, lr: float, warmup_steps: int, steps: int) -> Calla
     if name == "constant":
         schedule = get_constant_schedule_with_warmup(optimizer, warmup_steps)
     else:
-        make = {"cosine": get_cosine_schedule_with_warmup, "linear": get_linear_schedule_with_warmup}[name]
+        make = get_cosine_schedule_with_warmup if name == "cosine" else get_linear_schedule_with_warmup
         schedule = make(optimizer, warmup_steps, steps)
     factor = schedule.lr_lambdas[0]
     return lambda step: lr * factor(step)

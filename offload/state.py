@@ -25,7 +25,7 @@ UPDATED_ROLES = ("param", "master", "exp_avg", "exp_avg_sq")
 
 @dataclass
 class UnitState:
-    """One unit's roles: their exact sizes in bytes, their RAM homes (uint8, page-aligned), and the store behind them."""
+    """One unit's roles: their sizes in bytes, their RAM homes (uint8, page-aligned), and the store behind them."""
 
     unit: Unit
     store: Store
@@ -123,14 +123,19 @@ class States:
         self._buffers.clear()
 
     def populate(
-        self, read: Callable[[str, int, int], Tensor], order: Sequence[Unit], update: Ring, staging: Ring, timeout: float
+        self,
+        read: Callable[[str, int, int], Tensor],
+        order: Sequence[Unit],
+        update: Ring,
+        staging: Ring,
+        timeout: float,
     ) -> None:
         """Bring weights in for the first time, chunk by chunk, with zero moments; publishes, does not commit.
 
         Args:
             read: `read(name, start, count)` gives elements of a parameter, 1-D, in the source's dtype.
             order: units in the order in which the source likes to be read.
-            update, staging: the optimizer's chunk buffers, for trainable state, and the transfer ring, for frozen weights.
+            update, staging: the optimizer's chunk buffers for trainable state, the transfer ring for frozen weights.
         """
         trained, frozen = _Writer(update, timeout), _Writer(staging, timeout)
         step = staging.nbytes // self.dtype.itemsize
@@ -168,30 +173,6 @@ class States:
                     parts.send(state, role, start * role_dtype(role, self.dtype).itemsize)
                 # else: fresh extents and fresh memory read as zeros already
 
-    def reader(self, ring: Ring, timeout: float) -> Callable[[str, int, int], Tensor]:
-        """`read(name, start, count)`: elements of a parameter's current weights, 1-D, in the compute dtype, a copy."""
-        where = {p.name: (state, p) for state in self.units for p in state.unit.layout.params}
-
-        def read(name: str, start: int, count: int) -> Tensor:
-            state, slot = where[name]
-            role = "param" if slot.trainable else "frozen"
-            first, size = (slot.offset + start) * self.dtype.itemsize, count * self.dtype.itemsize
-            home = state.homes.get(role)
-            if home is not None:
-                return home[first : first + size].view(self.dtype).clone()
-            out = torch.empty(size, dtype=torch.uint8)
-            total = self.store.padded(state.key(role))
-            for block in range(first // BLOCK * BLOCK, first + size, ring.nbytes):
-                buffer = ring.acquire(timeout)
-                part = buffer[: min(ring.nbytes, total - block)]
-                state.store.read(state.key(role), block, part, Priority.COMPUTE).wait()
-                low, high = max(first, block), min(first + size, block + part.numel())
-                out[low - first : high - first].copy_(part[low - block : high - block])
-                ring.release(buffer)
-            return out.view(self.dtype)
-
-        return read
-
     def load_homes(self) -> None:
         """Fill the RAM homes from the store's committed extents (resume)."""
         for state in self.units:
@@ -203,13 +184,40 @@ class States:
         """Write every RAM home to its shadow extent and publish it (an extra commit between two due ones)."""
         for state in self.units:
             roles = [role for role in state.updated_roles if role in state.homes]
-            requests = [
-                state.write(role, 0, state.homes[role][: self.store.padded(state.key(role))]) for role in roles
-            ]
+            requests = [state.write(role, 0, state.homes[role][: self.store.padded(state.key(role))]) for role in roles]
             for request in requests:
                 request.wait()
             for role in roles:
                 self.store.publish(state.key(role))
+
+
+class WeightReader:
+    """The current weights by parameter name, for export: slices of the RAM homes or of the store."""
+
+    def __init__(self, states: States, ring: Ring, timeout: float) -> None:
+        self._where = {p.name: (state, p) for state in states.units for p in state.unit.layout.params}
+        self._dtype = states.dtype
+        self._ring = ring
+        self._timeout = timeout
+
+    def read(self, name: str, start: int, count: int) -> Tensor:
+        """Elements [start, start + count) of a flattened parameter: 1-D, in the compute dtype, a copy."""
+        state, slot = self._where[name]
+        role = "param" if slot.trainable else "frozen"
+        first, size = (slot.offset + start) * self._dtype.itemsize, count * self._dtype.itemsize
+        home = state.homes.get(role)
+        if home is not None:
+            return home[first : first + size].view(self._dtype).clone()
+        out = torch.empty(size, dtype=torch.uint8)
+        total = state.store.padded(state.key(role))
+        buffer = self._ring.acquire(self._timeout)
+        for block in range(first // BLOCK * BLOCK, first + size, self._ring.nbytes):
+            part = buffer[: min(self._ring.nbytes, total - block)]
+            state.store.read(state.key(role), block, part, Priority.COMPUTE).wait()
+            low, high = max(first, block), min(first + size, block + part.numel())
+            out[low - first : high - first].copy_(part[low - block : high - block])
+        self._ring.release(buffer)
+        return out.view(self._dtype)
 
 
 def _gather(

@@ -24,7 +24,6 @@ from offload.memory import Sampler
 from offload.progress import clock, open_progress
 from offload.resume import check_resumable
 from offload.rundir import RunDirectory
-from offload.tokenization import load_tokenizer
 from offload.trackers import open_trackers, train_values
 
 INTERRUPTED = 130
@@ -87,6 +86,11 @@ def run(cfg: Config, *, resume: bool = False, confirm: Callable[[], bool] | None
                 console.print(f"data: {note}", highlight=False, markup=False)
             with _open_engine(cfg, prepared, path, going_on) as engine:
                 return _train(cfg, engine, dataset, stop, console)
+        except KeyboardInterrupt:
+            if _committed(path):
+                message = "interrupted; the last committed step stays: go on with --resume"
+                tables.open_console(stderr=True).print(message)
+            raise
         finally:
             if dataset:
                 dataset.close()
@@ -110,20 +114,6 @@ def refuse_unfit(plan: dict[str, Any]) -> None:
     raise DoesNotFit(tables.shortfall(plan))
 
 
-def export(engine: Engine, out: Path, tokenizer: Any | None) -> None:
-    """The model as a Hugging Face directory at `out`, with its tokenizer; it appears whole or not at all."""
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        engine.save_pretrained(partial)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        shutil.rmtree(out, ignore_errors=True)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def export_run(run_dir: Path, out: Path) -> None:
     """The last committed step of a run as a Hugging Face directory. Raises ConfigError when `out` is not empty."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -132,11 +122,20 @@ def export_run(run_dir: Path, out: Path) -> None:
         rundir.read_info(run_dir.expanduser().absolute())
         raise ConfigError(f"{run_dir} has no committed step to export; run it first, with --resume")
     with Engine.resume(run_dir) as engine:
-        cfg = engine.run.config()
-        tokenizer = None
-        if cfg.data and cfg.model:
-            tokenizer = load_tokenizer(cfg.data.tokenizer, models.locate(cfg.model, weights=False))
-        export(engine, out.expanduser().absolute(), tokenizer)
+        engine.save_pretrained(out)
+
+
+def _save_model(engine: Engine, tokenizer: Any) -> None:
+    """Write `<run>/model`, in place of an earlier one once the new one is whole."""
+    out = engine.run.model_path
+    partial = out.with_name(f".{out.name}.new")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        engine.save_pretrained(partial, tokenizer=tokenizer)
+        shutil.rmtree(out, ignore_errors=True)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _committed(path: Path) -> bool:
@@ -234,7 +233,7 @@ def _train(cfg: Config, engine: Engine, dataset: Dataset, stop: Stop, console: C
         if steps == 0:
             console.print(f"loaded and committed; {run.path}", highlight=False)
             return 0
-        export(engine, run.model_path, dataset.tokenizer)
+        _save_model(engine, dataset.tokenizer)
         _write_memory(engine, sampler)
     engine.close()
     console.print(tables.run_table(report.summary(report.build(run.path))))

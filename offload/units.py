@@ -71,7 +71,9 @@ def find_units(model: nn.Module) -> list[Unit]:
     embedding = _call(model, "get_input_embeddings")
     found: list[tuple[float, str, list[nn.Module]]] = [(order[id(b)], "block", [b]) for b in blocks]
     for group in groups:
-        kind = "embedding" if any(m is embedding for m in group) else "head" if any(m is head for m in group) else "other"
+        kind = (
+            "embedding" if any(m is embedding for m in group) else "head" if any(m is head for m in group) else "other"
+        )
         position = -1.0 if kind == "embedding" else float("inf") if kind == "head" else order[id(group[0])]
         found.append((position, kind, group))
     found.sort(key=lambda entry: entry[0])

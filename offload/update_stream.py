@@ -4,7 +4,7 @@
     RAM homes ────(in place)──────┴─► merge, AdamW, split ─┴─► RAM homes
 
 One job per unit and step. With clipping the jobs are queued at the end of backward, in the order in which the next
-forward will visit the units, and run ahead of it; without, each unit's job is queued as soon as its gradient has landed.
+forward will visit the units, and run ahead of it; without, a unit's job is queued as soon as its gradient landed.
 A step's jobs are followed by its commit; the next step's jobs wait for that, so that what a commit names never changes
 under it.
 """
@@ -53,9 +53,7 @@ class UpdateStream:
         timeout: seconds one chunk may wait for a buffer.
     """
 
-    def __init__(
-        self, states: States, ring: Ring, gradient_dtype: torch.dtype, trace: Trace, timeout: float
-    ) -> None:
+    def __init__(self, states: States, ring: Ring, gradient_dtype: torch.dtype, trace: Trace, timeout: float) -> None:
         self._states = states
         self._ring = ring
         self._gradient_dtype = gradient_dtype
@@ -85,12 +83,9 @@ class UpdateStream:
             landing: the summed gradient, float32 [trainable elements]; None to take it from its home or the store.
             done: called when `landing` may be reused.
         """
-        update = UnitUpdate()
-        self._latest[unit.index] = update
-        before = self._commit
-        self._lane.submit(
-            self._run, self._states.units[unit.index], present, dict(steps), hyper, durable, landing, done, update, before
-        )
+        job = _Job(self._states.units[unit.index], present, dict(steps), hyper, durable, landing, done, self._commit)
+        self._latest[unit.index] = job.update
+        self._lane.submit(self._run, job)
 
     def commit(self, meta: dict[str, Any], then: Callable[[], None]) -> None:
         """After all updates queued so far are durable, make the store's next version, then call `then`."""
@@ -102,6 +97,12 @@ class UpdateStream:
         update = self._latest.get(unit.index)
         if update is not None:
             update.ready.result()
+
+    def check(self) -> None:
+        """Raise the error of an update or commit that has failed; does not wait."""
+        for future in (*(update.ready for update in self._latest.values()), self._commit):
+            if future.done():
+                future.result()
 
     def flush(self) -> None:
         """Wait for every queued update and commit; raises the first error."""
@@ -124,64 +125,63 @@ class UpdateStream:
             self._states.store.commit(meta)
         then()
 
-    def _run(
-        self,
-        state: UnitState,
-        present: set[str],
-        steps: dict[str, int],
-        hyper: Hyper,
-        durable: bool,
-        landing: Tensor | None,
-        done: Callable[[], None] | None,
-        update: UnitUpdate,
-        before: Future[None],
-    ) -> None:
+    def _run(self, job: _Job) -> None:
         try:
-            before.result()
-            writes = _Writes(state, update)
-            elements = state.unit.layout.trainable_elements
+            job.before.result()
+            writes = _Writes(job.state, job.update)
+            elements = job.state.unit.layout.trainable_elements
             starts = list(range(0, elements, CHUNK_ELEMENTS))
-            ahead = self._load(state, starts[0], elements, landing) if starts else None
-            for i, start in enumerate(starts):
-                chunk, ahead = ahead, None
-                assert chunk is not None
+            ahead = self._load(job, starts[0])
+            for following in [*starts[1:], None]:
+                chunk = ahead
                 chunk.wait()
-                if i + 1 < len(starts):
-                    ahead = self._load(state, starts[i + 1], elements, landing)
-                with self._trace.span("optimizer", state.unit.name):
-                    chunk.step(present, steps, hyper)
-                chunk.store(writes, durable, self._ring)
-            if "param" in state.homes or not starts:
-                update.ready.set_result(None)
+                if following is not None:
+                    ahead = self._load(job, following)
+                with self._trace.span("optimizer", job.state.unit.name):
+                    chunk.step(job.present, job.steps, job.hyper)
+                chunk.store(writes, job.durable, self._ring)
+            if "param" in job.state.homes:
+                job.update.ready.set_result(None)
             writes.finish()
         except BaseException as error:
-            update.fail(error)
+            job.update.fail(error)
             raise
         finally:
-            if done is not None:
-                done()
+            if job.done is not None:
+                job.done()
 
-    def _load(self, state: UnitState, start: int, elements: int, landing: Tensor | None) -> _Chunk:
-        return _Chunk(
-            state, start, min(CHUNK_ELEMENTS, elements - start), self._ring.acquire(self._timeout), landing, self._gradient_dtype
-        )
+    def _load(self, job: _Job, start: int) -> _Chunk:
+        return _Chunk(job, start, self._ring.acquire(self._timeout), self._gradient_dtype)
+
+
+@dataclass
+class _Job:
+    """One unit's update in one step; see `UpdateStream.submit`. `before` is the commit it has to wait for."""
+
+    state: UnitState
+    present: set[str]
+    steps: dict[str, int]
+    hyper: Hyper
+    durable: bool
+    landing: Tensor | None
+    done: Callable[[], None] | None
+    before: Future[None]
+    update: UnitUpdate = field(default_factory=UnitUpdate)
 
 
 class _Chunk:
     """One chunk of one unit's state: views into RAM homes where it has them, else parts of a ring buffer being read."""
 
-    def __init__(
-        self, state: UnitState, start: int, count: int, buffer: Tensor, landing: Tensor | None, gradient_dtype: torch.dtype
-    ) -> None:
-        self._state = state
+    def __init__(self, job: _Job, start: int, buffer: Tensor, gradient_dtype: torch.dtype) -> None:
+        self._state = job.state
         self._start = start
-        self._count = count
+        self._count = min(CHUNK_ELEMENTS, job.state.unit.layout.trainable_elements - start)
         self._buffer = buffer
         self._end = 0
         self._reads: list[Request] = []
         self._raw: dict[str, Tensor] = {}
-        self.roles = {role: self._role(role) for role in state.updated_roles}
-        waiting = self._waiting_gradient(landing, gradient_dtype)
+        self.roles = {role: self._role(role) for role in job.state.updated_roles}
+        waiting = self._waiting_gradient(job.landing, gradient_dtype)
         self._narrow = waiting if waiting.dtype != torch.float32 else None
         self._gradient = self._take(torch.float32) if self._narrow is not None else waiting
         self._scratch = self._take(torch.float32) if "master" in self.roles else None
@@ -247,7 +247,9 @@ class _Chunk:
                 writes.add(role, self._state.write(role, first, home[first:stop]))
         buffer = self._buffer
         left = _Countdown(len(leaving), lambda: ring.release(buffer))
-        for role, request in zip([r for r in self._state.updated_roles if r not in self._state.homes], leaving, strict=True):
+        for role, request in zip(
+            [r for r in self._state.updated_roles if r not in self._state.homes], leaving, strict=True
+        ):
             writes.add(role, request)
             request.add_done_callback(lambda _: left.down())
 

@@ -137,7 +137,7 @@ class WeightStream:
             self._load(self._states[index].unit, slot)
 
     def _choose(self, unit: Unit, position: int) -> _Slot | None:
-        """A slot of the unit's group that is empty, or whose unit is needed again later than `position`, latest first."""
+        """A slot of the unit's group that is empty, or whose unit is needed again latest, and after `position`."""
         need = self._states[unit.index].weight_bytes
         group = "block" if need <= self._block_bytes else "large"
         best, best_use = None, position
@@ -179,8 +179,8 @@ class WeightStream:
                     slot.filled.result(self._timeout)
                 except TimeoutError:
                     raise OffloadError(
-                        f"the weights of {unit.name} did not arrive within {self._timeout:.0f} s; see the trace's lanes "
-                        "for what holds them, and `offload doctor` for the store's speed"
+                        f"the weights of {unit.name} did not arrive within {self._timeout:.0f} s; see the trace's "
+                        "lanes for what holds them, and `offload doctor` for the store's speed"
                     ) from None
         slot.filled.result()
 

@@ -23,7 +23,7 @@ __all__ = [
     "RandomSource",
     "TensorSource",
     "load_buffers",
-    "open_source",
+    "open_weights",
     "save_pretrained",
 ]
 
@@ -98,7 +98,7 @@ class _Joined:
             source.close()
 
 
-def open_source(model: nn.Module, directory: str | Path | None = None, seed: int = 0) -> TensorSource:
+def open_weights(model: nn.Module, directory: str | Path | None = None, seed: int = 0) -> TensorSource:
     """The weights a run begins with: parameters that have memory from there, those on meta from elsewhere.
 
     So a peft adapter made around a model on meta works: the adapter is taken from memory, the base streamed.

@@ -8,8 +8,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import yaml
+from offload.planner.measure import available_ram, probe
 from offload.planner.plan import Hardware
-from offload.planner.probe import available_ram, probe
 
 __all__ = ["Hardware", "available_ram", "load_hardware", "preset_names", "probe"]
 

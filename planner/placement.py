@@ -177,9 +177,9 @@ def mip(w: Workload, hw: Hardware, ram: int, spill_room: int, time_limit: float 
     scale = estimate(w, hw, base).step_seconds or 1.0  # step times in units of the worst, bytes in units of RAM
     room = float(max(ram, 1))
     problem = pulp.LpProblem("placement", pulp.LpMinimize)
-    state = [pulp.LpVariable(f"state_{g}", 0, len(x.members), "Integer") for g, x in enumerate(groups)]
-    gradient = [pulp.LpVariable(f"gradient_{g}", 0, len(x.members), "Integer") for g, x in enumerate(groups)]
-    times = {name: pulp.LpVariable(f"seconds_{name}", 0) for name in ("forward", "backward")}
+    state = [problem.add_variable(f"state_{g}", 0, len(x.members), "Integer") for g, x in enumerate(groups)]
+    gradient = [problem.add_variable(f"gradient_{g}", 0, len(x.members), "Integer") for g, x in enumerate(groups)]
+    times = {name: problem.add_variable(f"seconds_{name}", 0) for name in ("forward", "backward")}
 
     behind = 0.0 if w.commit_every == "auto" else 0.5 / w.commit_every / hw.nvme_write
 
@@ -201,7 +201,7 @@ def mip(w: Workload, hw: Hardware, ram: int, spill_room: int, time_limit: float 
     most = spilled_bytes(Choice(), w)
     spilled = [x.gradient_bytes / room * (len(x.members) - gradient[g]) for g, x in enumerate(groups)]
     if most > spill_room:
-        overflow = pulp.LpVariable("overflow", 0)
+        overflow = problem.add_variable("overflow", 0)
         problem += pulp.lpSum(spilled) - overflow <= spill_room / room
     else:
         overflow = 0.0

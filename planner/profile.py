@@ -36,8 +36,8 @@ def profile_model(
     """Profile one training micro-batch of `model`, whose parameters may be on meta; the model is not touched.
 
     `dtype` is what floating-point parameters are computed in; buffers keep their own. `batch` gives one micro-batch by
-    example (shapes and dtypes count); by default input_ids and labels. A model that cannot be traced is estimated from
-    parameter shapes, with a note that says why.
+    example (shapes and dtypes count); by default input_ids and labels. Attention masks that a packed or padded batch
+    needs are counted. A model that cannot be traced is estimated from parameter shapes, with a note that says why.
     """
     compute = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     notes: list[str] = []

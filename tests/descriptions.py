@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -169,6 +170,7 @@ def peak_growth() -> Iterator[Callable[[], float]]:
         assert found is not None
         return int(found[1])
 
+    gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = status("VmRSS")
     yield lambda: (status("VmHWM") - before) / 1024

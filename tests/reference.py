@@ -12,6 +12,7 @@ from transformers import get_cosine_schedule_with_warmup
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import offload
+from offload.state import WeightReader
 
 LR, WARMUP, STEPS, DECAY, NORM, SEED = 1e-3, 2, 5, 0.1, 1.0, 17
 
@@ -128,6 +129,6 @@ def config(path: Any, rows: int, total: int, **changes: Any) -> dict[str, Any]:
 def weights(engine: offload.engine.Engine) -> dict[str, Tensor]:
     """The engine's current weights by parameter name."""
     engine.flush()
-    read = engine._held.states.reader(engine._held.staging, 60.0)
-    shapes = {slot.name: slot for unit in engine._units for slot in unit.layout.params}
-    return {name: read(name, 0, slot.numel).view(slot.shape) for name, slot in shapes.items()}
+    reader = WeightReader(engine._held.states, engine._held.staging, 60.0)
+    slots = [slot for unit in engine._units for slot in unit.layout.params]
+    return {slot.name: reader.read(slot.name, 0, slot.numel).view(slot.shape) for slot in slots}

@@ -51,7 +51,8 @@ def test_shards(name: str, tmp_path: Path) -> None:
     save_pretrained(made, tmp_path / "out", LoadedSource(made), max_shard_bytes=30_000)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 3
-    sizes = {key: torch.Size(shape).numel() * dtype.itemsize for key, (shape, dtype) in layout(tmp_path / "out").items()}
+    found = layout(tmp_path / "out")
+    sizes = {key: torch.Size(shape).numel() * dtype.itemsize for key, (shape, dtype) in found.items()}
     assert index["metadata"] == {"total_size": sum(sizes.values()), "total_parameters": made.num_parameters()}
     assert not (tmp_path / "out" / "model.safetensors").exists()
     loaded = type(made).from_pretrained(tmp_path / "out", dtype="auto")
@@ -175,7 +176,7 @@ def test_adapter(use_dora: bool, tmp_path: Path) -> None:
     model = peft.get_peft_model(reloaded_base(), peft.LoraConfig(**lora, task_type="CAUSAL_LM"))
     models.prepare_for_training(model)
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             if p.requires_grad:
                 p.copy_(torch.randn(p.shape))
     save_pretrained(model, tmp_path / "out", LoadedSource(model))

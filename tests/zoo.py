@@ -65,7 +65,15 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 64,
         "num_labels": 3,
     },
-    "t5": {**_TOKENS, "d_model": 48, "d_ff": 96, "d_kv": 12, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
+    "t5": {
+        **_TOKENS,
+        "d_model": 48,
+        "d_ff": 96,
+        "d_kv": 12,
+        "num_layers": 2,
+        "num_heads": 4,
+        "decoder_start_token_id": 0,
+    },
 }
 
 # Models whose gradients are summed in another order than autograd's, because the schedule has to (DESIGN: exceptions):

@@ -1,0 +1,226 @@
+"""Properties of plans: budgets hold, more never hurts, what does not fit is explained, JSON is lossless."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from offload.planner import (
+    Budgets,
+    Hardware,
+    Plan,
+    UnitProfile,
+    Workload,
+    gradient_home,
+    home_bytes,
+    load_hardware,
+    make_plan,
+    reserve,
+)
+
+GIB = 1 << 30
+MACHINE = Hardware("test", 8 * GIB, 8 * GIB, {"bfloat16": 1e12, "float32": 2e11}, 2e10, 2e10, 1e10, 2e9, 1e9, 2e9)
+
+
+def stack(
+    blocks: int, width: int, vocabulary: int, tied: bool = False, frozen: bool = False
+) -> tuple[UnitProfile, ...]:
+    """Units like those of a decoder with `blocks` equal blocks."""
+    per_block, table = 12 * width * width, vocabulary * width
+
+    def counts(n: int) -> dict[str, int]:
+        padded = -(-n // 64) * 64
+        return {"parameters": n, "trainable": 0 if frozen else padded, "frozen": padded if frozen else 0}
+
+    boundary, logits = 512 * width * 2, 512 * vocabulary * 2
+    embedding = UnitProfile("embedding", "embedding", **counts(table), held=tied, boundary_bytes=boundary)
+    if tied:
+        embedding = replace(embedding, visits=2, kept=True, workspace_backward=7 * logits)
+    middle = tuple(
+        UnitProfile(
+            f"block.{i}", "block", **counts(per_block), forward_flops=1024 * per_block, boundary_bytes=boundary,
+            workspace_forward=4 * boundary, workspace_backward=20 * boundary,
+        )
+        for i in range(blocks)
+    )  # fmt: skip
+    head = UnitProfile(
+        "head", "head", **counts(table), forward_flops=1024 * table, workspace_backward=7 * logits, kept=True
+    )
+    norm = UnitProfile("resident", "resident", width, -(-width // 64) * 64, 0)
+    return (embedding, *middle, *(() if tied else (head,)), norm)
+
+
+@st.composite
+def workloads(draw: st.DrawFn) -> Workload:
+    units = stack(
+        draw(st.integers(1, 12)), 64 * draw(st.integers(1, 24)), 64 * draw(st.integers(4, 500)),
+        draw(st.booleans()), draw(st.booleans()),
+    )  # fmt: skip
+    return Workload(
+        units, draw(st.integers(1, 8)), draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([128, 512])),
+        draw(st.sampled_from(["bfloat16", "float32"])), draw(st.booleans()),
+        draw(st.sampled_from(["auto", 1, 7])), draw(st.sampled_from(["cpu", "cuda"])), draw(st.integers(1, 1000)),
+        shared_bytes=draw(st.sampled_from([0, 1 << 20])),
+    )  # fmt: skip
+
+
+bytes_of_ram = st.integers(1 << 26, 16 * GIB)
+
+
+@given(workloads(), bytes_of_ram, bytes_of_ram, st.integers(0, 40 * GIB), st.sampled_from(["greedy", "mip"]))
+@settings(max_examples=80, deadline=None)
+def test_a_plan_that_fits_exceeds_no_budget_and_adds_up(
+    w: Workload, gpu: int, cpu: int, nvme: int, solver: str
+) -> None:
+    budgets = Budgets(gpu, cpu, 0, (("/a", nvme // 2), ("/b", nvme - nvme // 2)))
+    plan = make_plan(w, budgets, MACHINE, solver)
+    limits = budgets.by_tier()
+    assert plan.fits == all(plan.peak_bytes[t] <= limits[t] for t in limits)
+    assert plan.fits != bool(plan.shortfall_bytes)
+    for tier, peak in plan.peak_bytes.items():
+        assert peak == sum(plan.categories[tier].values())
+    for unit in plan.units:
+        assert sum(unit.activations.values()) == pytest.approx(1.0)
+        assert unit.placement["activation"] == "gpu"
+    assert plan.layout["arena_bytes"] == sum(b.total for b in plan.buffers if b.tier == "gpu")
+    assert plan.layout["lower_bound_bytes"] <= plan.layout["arena_bytes"]
+    assert plan.peak_bytes["gpu"] >= plan.layout["arena_bytes"]
+    homes = sum(
+        n
+        for u, p in zip(w.units, plan.units, strict=True)
+        for role, n in home_bytes(u, w).items()
+        if p.placement["param" if role == "frozen" else role] == "cpu"
+    )
+    waiting = sum(gradient_home(u, w) for u, p in zip(w.units, plan.units, strict=True) if p.placement["grad"] == "cpu")
+    assert plan.categories["cpu"].get("state", 0) == homes
+    assert plan.categories["cpu"].get("gradient homes", 0) == waiting
+    assert plan.spill_gradients == any(p.placement["grad"] == "nvme" for p in plan.units)
+
+
+@given(workloads(), bytes_of_ram, bytes_of_ram)
+@settings(max_examples=80, deadline=None)
+def test_more_ram_never_predicts_a_slower_step(w: Workload, one: int, other: int) -> None:
+    nvme = (("/a", 1 << 50),)
+    less, more = (make_plan(w, Budgets(GIB, cpu, 0, nvme), MACHINE, "greedy") for cpu in sorted((one, other)))
+    assert more.step_seconds <= less.step_seconds * (1 + 1e-12)
+
+
+@given(workloads(), bytes_of_ram, st.sampled_from(["h2d", "d2h", "ram", "nvme_read", "nvme_write"]))
+@settings(max_examples=60, deadline=None)
+def test_more_bandwidth_never_predicts_a_slower_step(w: Workload, cpu: int, lane: str) -> None:
+    budgets = Budgets(GIB, cpu, 0, (("/a", 1 << 50),))
+    faster = replace(MACHINE, **{lane: 2 * getattr(MACHINE, lane)})
+    w = replace(w, commit_every=5)
+    assert make_plan(w, budgets, faster, "greedy").step_seconds <= make_plan(
+        w, budgets, MACHINE, "greedy"
+    ).step_seconds * (1 + 1e-12)
+
+
+@given(workloads(), bytes_of_ram)
+@settings(max_examples=60, deadline=None)
+def test_json_gives_back_the_same_plan(w: Workload, cpu: int) -> None:
+    plan = make_plan(w, Budgets(GIB, cpu, 0, (("/a", 64 * GIB),)), MACHINE, "greedy")
+    data = plan.to_json()
+    assert Plan.from_json(json.loads(json.dumps(data))) == plan
+    assert ("shortfall_bytes" in data) == (not plan.fits)
+
+
+@given(workloads(), bytes_of_ram, st.integers(0, 8 * GIB))
+@settings(max_examples=60, deadline=None)
+def test_the_suggested_budgets_are_exactly_enough(w: Workload, cpu: int, nvme: int) -> None:
+    budgets = Budgets(256 << 20, cpu, 0, (("/a", nvme),))
+    plan = make_plan(w, budgets, MACHINE, "greedy")
+    assume(not plan.fits)
+    short = plan.shortfall_bytes
+    raised = Budgets(
+        budgets.gpu + short.get("gpu", 0), cpu + short.get("cpu", 0), 0, (("/a", nvme + short.get("nvme", 0)),)
+    )
+    assert make_plan(w, raised, MACHINE, "greedy").fits
+    assert any("set memory." in s for s in plan.suggestions)
+
+
+def test_a_shortfall_is_told_per_tier_with_settings_that_fit() -> None:
+    w = Workload(stack(4, 1024, 32000), 2, 8, 512, "bfloat16", True, "auto", "cuda")
+    plan = make_plan(w, Budgets(600 << 20, GIB, 0, (("/mnt/a", 1 << 30),)), MACHINE)
+    assert not plan.fits
+    assert plan.shortfall_bytes["nvme"] == plan.peak_bytes["nvme"] - (1 << 30)
+    nvme = (1 << 30) + plan.shortfall_bytes["nvme"]
+    assert "memory.nvme at /mnt/a to" in plan.suggestions[0] and str(nvme) in plan.suggestions[0]
+
+    enough = Budgets(600 << 20, GIB, 0, (("/mnt/a", nvme),))
+    plan = make_plan(w, enough, MACHINE)
+    assert set(plan.shortfall_bytes) == {"gpu"}
+    micro = [s for s in plan.suggestions if "micro_batch_size" in s or "sequence_length" in s]
+    assert micro, plan.suggestions
+
+
+def test_buffers_are_those_of_the_widest_unit_of_each_class() -> None:
+    w = Workload(stack(3, 256, 32000), 2, 1, 512, "bfloat16", True, "auto", "cpu")
+    block, table = 12 * 256 * 256, 32000 * 256
+    found = {b.name: b for b in reserve(w)}
+    assert (found["weights.block"].count, found["weights.block"].nbytes) == (2, 2 * block)
+    assert (found["weights.large"].count, found["weights.large"].nbytes) == (1, 2 * table)
+    assert found["gradients.block"].nbytes == 4 * block  # more than one micro-batch: summed in float32
+    assert found["gradients.large"].nbytes == 4 * table
+    assert found["landing"].nbytes == 4 * table
+    assert (found["update"].count, found["update"].nbytes) == (3, 22 * (2 << 20))
+    assert found["resident"].nbytes == 4096 + 4096
+    assert {b.tier for b in found.values()} == {"gpu", "cpu"}
+
+    tied = {b.name: b for b in reserve(replace(w, units=stack(3, 256, 32000, tied=True), micro_batches=1))}
+    assert tied["gradients.held/embedding"].nbytes == 2 * table
+    assert "gradients.large" not in tied and tied["weights.large"].nbytes == 2 * table
+
+
+def test_state_goes_to_ram_when_there_is_room_and_commits_are_then_spread() -> None:
+    w = Workload(stack(6, 512, 8000), 2, 1, 512, "bfloat16", True, "auto", "cuda", steps=500)
+    nvme = (("/a", 100 * GIB),)
+    plenty = make_plan(w, Budgets(4 * GIB, 64 * GIB, 0, nvme), MACHINE)
+    assert all(u.placement["exp_avg"] == "cpu" for u in plenty.units) and not plenty.spill_gradients
+    assert plenty.buffer("weights.block").count == 3  # type: ignore[union-attr]
+    assert plenty.commit_every > 1
+    without_homes = make_plan(w, Budgets(4 * GIB, 0, 0, nvme), MACHINE).peak_bytes["cpu"]
+    scarce = make_plan(w, Budgets(4 * GIB, without_homes, 0, nvme), MACHINE)
+    assert scarce.fits and scarce.spill_gradients and scarce.commit_every == 1
+    assert all(u.placement["exp_avg"] == "nvme" for u in scarce.units)
+    assert scarce.step_seconds > plenty.step_seconds
+
+
+def test_bytes_per_parameter_with_everything_on_nvme() -> None:
+    """12 written and 14 read without clipping, 16 and 18 with float32 gradients spilled (bfloat16)."""
+    units = tuple(replace(u, kept=False) for u in stack(8, 1024, 64) if u.kind == "block")
+    parameters = sum(u.trainable for u in units)
+    budgets = Budgets(4 * GIB, 700 << 20, 0, (("/a", 100 * GIB),))
+    for clipping, written, read in ((False, 12, 14), (True, 16, 18)):
+        w = Workload(units, 2, 1, 512, "bfloat16", clipping, 1, "cuda")
+        ram = 0
+        while make_plan(w, replace(budgets, cpu=ram), MACHINE, "greedy").shortfall_bytes:
+            ram += 16 << 20
+        plan = make_plan(w, replace(budgets, cpu=ram), MACHINE, "greedy")
+        assert all(u.placement["param"] == "nvme" for u in plan.units)
+        assert plan.lane_seconds["nvme_write"] * MACHINE.nvme_write / parameters == pytest.approx(written, rel=1e-3)
+        assert plan.lane_seconds["nvme_read"] * MACHINE.nvme_read / parameters == pytest.approx(read, rel=1e-3)
+        assert plan.commit_every == 1
+
+
+def test_a_solver_that_is_unknown_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"planner\.solver"):
+        make_plan(Workload(stack(1, 64, 256), 1, 1, 64), Budgets(GIB, GIB), MACHINE, "simplex")
+
+
+def test_a_workload_names_what_is_wrong_with_it() -> None:
+    with pytest.raises(ValueError, match="micro_batches"):
+        Workload(stack(1, 64, 256), 0, 1, 64)
+    with pytest.raises(ValueError, match="two units of one name"):
+        Workload((*stack(1, 64, 256), *stack(1, 64, 256)), 1, 1, 64)
+
+
+def test_a_plan_of_another_version_is_refused() -> None:
+    plan = make_plan(Workload(stack(1, 64, 256), 1, 1, 64), Budgets(GIB, GIB), load_hardware("rtx4090"), "greedy")
+    data = plan.to_json()
+    del data["buffers"]
+    with pytest.raises(ValueError, match="buffers"):
+        Plan.from_json(data)
