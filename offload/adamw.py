@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 # Elements updated at a time: the arrays of one pass stay in a core's second-level cache.
-CACHE_ELEMENTS = 128 * 1024
+CACHE_ELEMENTS = 64 * 1024
+_LARGEST = torch.tensor(32767, dtype=torch.int32)
 _SIGN = -(2**31)
 
 
@@ -60,30 +61,30 @@ def fused_step(
     )
 
 
-def merge_master(weight: Tensor, low: Tensor, exp_avg_sq: Tensor, out: Tensor) -> None:
-    """Rebuild the float32 master into `out` and clear the tie marks in `exp_avg_sq`.
+def merge_master(weight: Tensor, low: Tensor, exp_avg_sq: Tensor, out: Tensor, scratch: Tensor) -> None:
+    """Rebuild the float32 master into `out` and clear the tie marks in `exp_avg_sq`. Allocates nothing.
 
     Args:
-        weight: bfloat16 [n]. low: int16 [n]. exp_avg_sq: float32 [n], changed in place. out: float32 [n].
+        weight: bfloat16 [n]. low: int16 [n]. exp_avg_sq: float32 [n], changed in place. out: float32 [n], written.
+        scratch: int32 [n], overwritten.
     """
-    bits = out.view(torch.int32)
-    moment = exp_avg_sq.view(torch.int32)
-    bits.copy_(weight.view(torch.int16))
-    bits.bitwise_left_shift_(16)
-    bits.add_(low)
-    bits.add_((moment < 0).to(torch.int32), alpha=65536)
-    moment.bitwise_and_(0x7FFFFFFF)
+    bits = out.copy_(weight).view(torch.int32)
+    bits.add_(scratch.copy_(low))
+    torch.bitwise_right_shift(exp_avg_sq.view(torch.int32), 31, out=scratch)  # -1 where marked, else 0
+    bits.sub_(scratch, alpha=65536)
+    exp_avg_sq.abs_()
 
 
-def split_master(master: Tensor, weight: Tensor, low: Tensor, exp_avg_sq: Tensor) -> None:
+def split_master(master: Tensor, weight: Tensor, low: Tensor, exp_avg_sq: Tensor, scratch: Tensor) -> None:
     """Write the float32 master [n] as its bfloat16 rounding and low half, and mark ties in `exp_avg_sq`.
 
     Args:
         master: float32 [n]. weight: bfloat16 [n], written. low: int16 [n], written.
-        exp_avg_sq: float32 [n], non-negative, its sign bit written.
+        exp_avg_sq: float32 [n], non-negative, its sign bit written. scratch: int32 [n], overwritten.
     """
     weight.copy_(master)
-    difference = weight.view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
-    torch.sub(master.view(torch.int32), difference, out=difference)
-    low.copy_(difference.to(torch.int16))
-    exp_avg_sq.view(torch.int32).bitwise_or_((difference == 32768).to(torch.int32).mul_(_SIGN))
+    scratch.view(torch.float32).copy_(weight)
+    torch.sub(master.view(torch.int32), scratch, out=scratch)
+    low.copy_(scratch)
+    torch.sub(_LARGEST, scratch, out=scratch)  # negative for a difference of +32768 only
+    exp_avg_sq.view(torch.int32).bitwise_or_(scratch.bitwise_and_(_SIGN))

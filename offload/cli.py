@@ -51,21 +51,18 @@ def train(
         bool, typer.Option("--resume", help="Go on after the last committed step; starts the run if there is none.")
     ] = False,
     steps: Annotated[
-        int | None, typer.Option(min=0, metavar="N", help="Instead of train.steps; 0 loads, commits and ends.")
+        int | None, typer.Option(min=0, metavar="N", help="End after step N of the run; 0 loads, commits and ends.")
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before starting.")] = False,
 ) -> None:
     """Plan, print the plan, run, report. Relative paths in the config start at the current directory."""
     from offload.config import Config
 
-    sets = list(overrides or [])
-    if steps is not None:
-        sets += [f"train.steps={steps}", "train.epochs=null"]
-    cfg = Config.load(config, sets)
+    cfg = Config.load(config, overrides or [])
     ask = sys.stdin.isatty() and sys.stdout.isatty() and not yes
     from offload import train as training
 
-    raise typer.Exit(training.run(cfg, resume=resume, confirm=_confirm if ask else None))
+    raise typer.Exit(training.run(cfg, resume=resume, last_step=steps, confirm=_confirm if ask else None))
 
 
 def _confirm() -> bool:

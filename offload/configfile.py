@@ -105,7 +105,10 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     try:
         value = _parse_yaml(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from None
+        why = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ConfigError(
+            f"--set {override}: the value {text!r} is not valid YAML: {why}; quote text with special characters"
+        ) from None
     node: Any = raw
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1

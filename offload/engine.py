@@ -26,6 +26,7 @@ from offload.config import Config
 from offload.errors import DoesNotFit, OffloadError
 from offload.gradient_stream import GradientStream, UnitGradient
 from offload.loss import LossItems, Scale, micro_seed, split
+from offload.memory import Sampler
 from offload.prepare import Prepared, prepare
 from offload.resources import TIMEOUT, Resources
 from offload.rundir import RunDirectory
@@ -85,6 +86,7 @@ class Engine:
             stack.callback(self._boundaries.close)
             self._loss_items = LossItems(self.model)
             stack.callback(self._loss_items.close)
+            self._sampler = stack.enter_context(Sampler())
             self._stack = stack.pop_all()
 
     def _restore(self, meta: dict[str, Any]) -> None:
@@ -100,7 +102,8 @@ class Engine:
         # What is known of the next step's visits: the order of the units at first, then what the last step did.
         forward = [u.index for u in self._units if not u.resident]
         self._visits = {True: forward + forward[::-1], False: forward}
-        self._last_unit = next((u.index for u in self._units if u.kind == "head"), -1)
+        kept = {unit.name for unit in self.plan.units if unit.activations["keep"] == 1.0}
+        self._last_unit = next((u.index for u in reversed(self._units) if u.name in kept), -1)
 
     def _open_streams(self, stack: ExitStack) -> None:
         held = self._held
@@ -134,16 +137,20 @@ class Engine:
                 return cls(prepared, run, held)
 
     @classmethod
-    def resume(cls, run_dir: str | Path, model: nn.Module | None = None) -> Engine:
+    def resume(
+        cls, run_dir: str | Path, model: nn.Module | None = None, prepared: Prepared | None = None
+    ) -> Engine:
         """Go on with an existing run at its last committed step.
 
-        `model` is needed only where the run began with a model that its configuration does not describe (peft).
+        Args:
+            model: needed only where the run began with a model that its configuration does not describe (peft).
+            prepared: a plan made already for the run's configuration.
         """
         with ExitStack() as stack:
             run = RunDirectory.open(run_dir)
             stack.callback(run.close)
-            cfg = run.config()
-            prepared = prepare(cfg, model if model is not None else resources.rebuild_model(run))
+            if prepared is None:
+                prepared = prepare(run.config(), model if model is not None else resources.rebuild_model(run))
             _refuse_unfit(prepared)
             run.write_plan(prepared.plan.to_json())
             with resources.reopen(prepared, run) as held:
@@ -191,6 +198,7 @@ class Engine:
             losses = self._forward(self._start(micro, training=False))
             self.model.train()
             self._weights.expect(self._visits[True])
+        self._trace.forget()
         return sum(losses)
 
     def _start(self, micro: list[dict[str, Any]], training: bool) -> list[MicroBatch]:
@@ -406,11 +414,26 @@ class Engine:
             if not self._failed:
                 self.commit()
                 self.run.write_trace(self._trace.events())
+                self.write_memory()
         finally:
             self._closed = True
             if self._failed:
                 self._held.close()  # fails the lanes that still wait for buffers or for the store
             self._stack.close()
+
+    def write_memory(self) -> None:
+        """memory.json: per tier the ledger's figures beside plan and budget, and the process tree's RAM; all bytes."""
+        ledger = self.ledger.snapshot()
+        tiers = {
+            tier: {
+                "budget": budget,
+                "predicted": self.plan.peak_bytes.get(tier, 0),
+                "peak": self.ledger.peak(tier),
+                "categories": ledger.get(tier, {}),
+            }
+            for tier, budget in self.plan.budget_bytes.items()
+        }
+        self.run.write_memory({"tiers": tiers, "process": {"pss_peak": self._sampler.peak}})
 
     def __enter__(self) -> Self:
         return self

@@ -26,6 +26,8 @@ from offload.units import Unit
 
 # Writes in flight for one spilled unit; the staging ring keeps the rest for the weight lane.
 WRITES_BEHIND = 2
+# Elements added at a time where the dtypes differ: the widened copy stays in a core's cache.
+_PART = 256 * 1024
 
 
 @dataclass
@@ -42,6 +44,15 @@ class _Open:
     gradient: UnitGradient
     buffer: Tensor
     group: str
+
+
+def _accumulate(target: Tensor, gradient: Tensor) -> None:
+    """target += gradient. float32 += bfloat16 widens its operand whole, so it is done a part at a time."""
+    if target.dtype == gradient.dtype or not gradient.is_contiguous():
+        target.add_(gradient)
+        return
+    for part, addend in zip(target.view(-1).split(_PART), gradient.view(-1).split(_PART), strict=True):
+        part.add_(addend)
 
 
 class GradientStream:
@@ -157,7 +168,7 @@ class GradientStream:
                 raise OffloadError(f"{name} got a gradient outside the backward of its unit {unit.name}")
             target = entry.buffer.view(self._dtype)[offset : offset + gradient.numel()].view(gradient.shape)
             if name in entry.gradient.present:
-                target.add_(gradient)
+                _accumulate(target, gradient)
             else:
                 target.copy_(gradient)
                 entry.gradient.present.add(name)

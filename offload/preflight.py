@@ -12,6 +12,13 @@ from pathlib import Path
 from offload.config import Config, absolute, is_local
 from offload.errors import ConfigError
 
+_FILES = "a .jsonl, .json, .parquet or .txt file, a directory of them, or a hub data set id"
+_PATHS = {
+    "path": _FILES,
+    "eval_path": _FILES,
+    "tokenizer": '"bytes" for the embedded byte tokenizer, a directory with a tokenizer, or a hub id',
+}
+
 
 def check(cfg: Config, *, model_given: bool = False, data_given: bool = False) -> None:
     """Raise ConfigError with every problem this machine has with `cfg`, one line each; nothing is left written.
@@ -38,11 +45,19 @@ def _model(cfg: Config, given: bool) -> list[str]:
 def _data(cfg: Config, given: bool) -> list[str]:
     if not cfg.data:
         return [] if given else ["data: missing; give data.path and data.format"]
-    return [
-        f"data.{key}: got {path}, which does not exist (relative paths start at {Path.cwd()})"
-        for key, path in (("path", cfg.data.path), ("eval_path", cfg.data.eval_path))
+    data = cfg.data
+    paths = {"path": data.path, "eval_path": data.eval_path}
+    if data.tokenizer != "bytes":
+        paths["tokenizer"] = data.tokenizer
+    found = [
+        f"data.{key}: got {path}, which does not exist; accepted: {_PATHS[key]} (relative paths start at {Path.cwd()})"
+        for key, path in paths.items()
         if path and is_local(path) and not Path(path).expanduser().exists()
     ]
+    fresh = cfg.model and cfg.model.architecture
+    if fresh and data.tokenizer is None and data.format != "tokens":
+        found.append(f"data.tokenizer: missing, and a model.architecture brings none; accepted: {_PATHS['tokenizer']}")
+    return found
 
 
 def _device(cfg: Config) -> list[str]:

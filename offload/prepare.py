@@ -12,6 +12,7 @@ from torch import nn
 
 from offload import models
 from offload.config import Config
+from offload.device import keep_to_the_plan
 from offload.errors import ConfigError, OffloadError
 from offload.planner import Budgets, Hardware, Plan, UnitProfile, Workload, make_plan, probe
 from offload.planner.profile import profile_model
@@ -53,7 +54,9 @@ def prepare(cfg: Config, model: nn.Module | None = None, hardware: Hardware | No
     """
     if model is None and cfg.model is None:
         raise ConfigError("model: missing; give model.path, model.architecture, or a model to offload.wrap")
-    device = device_name(cfg)
+    device = device_name(cfg, hardware)
+    if device == "cpu":
+        keep_to_the_plan()
     if model is None:
         assert cfg.model is not None
         model = models.build(cfg.model)
@@ -73,9 +76,12 @@ def prepare(cfg: Config, model: nn.Module | None = None, hardware: Hardware | No
     return Prepared(cfg, model, units, workload, hardware, plan, device, dtype, budgets.nvme)
 
 
-def device_name(cfg: Config) -> str:
-    """ "cuda" or "cpu": what `memory.device` says, or what there is; ConfigError for a CUDA that is not there."""
-    available = torch.cuda.is_available()
+def device_name(cfg: Config, hardware: Hardware | None = None) -> str:
+    """ "cuda" or "cpu": what `memory.device` says, or what there is; ConfigError for a CUDA that is not there.
+
+    With `hardware`, what that machine has counts instead.
+    """
+    available = torch.cuda.is_available() if hardware is None else hardware.gpu_bytes > 0
     if cfg.memory.device == "auto":
         return "cuda" if available else "cpu"
     if cfg.memory.device == "cuda" and not available:

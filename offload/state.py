@@ -165,7 +165,11 @@ class States:
             param = parts.take("param", self.dtype, n)
             moments = [parts.take(role, torch.float32, n).zero_() for role in ("exp_avg", "exp_avg_sq")]
             if self.dtype == torch.bfloat16:
-                adamw.split_master(master, param, parts.take("master", torch.int16, n), moments[1])
+                low = parts.take("master", torch.int16, n)
+                for at in range(0, n, adamw.CACHE_ELEMENTS):
+                    part = slice(at, min(at + adamw.CACHE_ELEMENTS, n))
+                    bits = torch.empty(part.stop - at, dtype=torch.int32)
+                    adamw.split_master(master[part], param[part], low[part], moments[1][part], bits)
             else:
                 param.copy_(master)
             for role in state.updated_roles:

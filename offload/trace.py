@@ -60,6 +60,11 @@ class Trace:
         moved = {lane: sum(s.nbytes for s in spans if s.lane == lane) for lane in ("nvme_read", "nvme_write")}
         return busy, moved
 
+    def forget(self) -> None:
+        """Drop the spans since the last step ended: they belong to none."""
+        with self._lock:
+            self._spans = []
+
     def events(self) -> list[dict[str, Any]]:
         """Chrome trace events of the kept steps; opens in Perfetto. Times are microseconds since the run began."""
         rows = {lane: i for i, lane in enumerate((*LANES, "stall"))}

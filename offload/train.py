@@ -20,7 +20,6 @@ from offload.data import Dataset, open_dataset
 from offload.engine import Engine, Prepared, prepare
 from offload.errors import ConfigError, DoesNotFit
 from offload.io import Store, StorePath
-from offload.memory import Sampler
 from offload.progress import clock, open_progress
 from offload.resume import check_resumable
 from offload.rundir import RunDirectory
@@ -54,12 +53,20 @@ class Stop:
                 signal.signal(number, handler)
 
 
-def run(cfg: Config, *, resume: bool = False, confirm: Callable[[], bool] | None = None) -> int:
+def run(
+    cfg: Config,
+    *,
+    resume: bool = False,
+    last_step: int | None = None,
+    confirm: Callable[[], bool] | None = None,
+) -> int:
     """Train as `cfg` says; returns the exit code: 0 done, 130 interrupted (the step committed or dropped whole).
 
     `resume` goes on after the last committed step of the run at `cfg.output`, or starts it if nothing was committed.
-    `confirm` is asked after the plan was shown; a no ends with nothing written and code 0. Raises OffloadError and
-    StoreError; ConfigError and DoesNotFit are raised before anything is written.
+    `last_step` ends the run after that step; the schedule keeps the length that `train.steps` gives it, so that a run
+    in parts is the same run (a larger `last_step` replaces `train.steps`). `confirm` is asked after the plan was shown;
+    a no ends with nothing written and code 0. Raises OffloadError and StoreError; ConfigError and DoesNotFit are raised
+    before anything is written.
     """
     console = tables.open_console()
     preflight.check(cfg)
@@ -75,6 +82,8 @@ def run(cfg: Config, *, resume: bool = False, confirm: Callable[[], bool] | None
             if cfg.train.steps is None:  # the length of an epoch is known from the data only
                 dataset = _open_dataset(cfg, path)
                 cfg = _with_steps(cfg, dataset)
+            if last_step is not None and last_step > (cfg.train.steps or 0):
+                cfg = Config.load(cfg, [f"train.steps={last_step}"])
             prepared = prepare(cfg)
             plan = prepared.plan.to_json()
             console.print(tables.plan_tables(plan))
@@ -85,7 +94,8 @@ def run(cfg: Config, *, resume: bool = False, confirm: Callable[[], bool] | None
             for note in dataset.notes:
                 console.print(f"data: {note}", highlight=False, markup=False)
             with _open_engine(cfg, prepared, path, going_on) as engine:
-                return _train(cfg, engine, dataset, stop, console)
+                last = cfg.train.steps or 0 if last_step is None else last_step
+                return _train(cfg, last, engine, dataset, stop, console)
         except KeyboardInterrupt:
             if _committed(path):
                 message = "interrupted; the last committed step stays: go on with --resume"
@@ -153,7 +163,7 @@ def _open_engine(cfg: Config, prepared: Prepared, path: Path, going_on: bool) ->
             before = directory.config()
             directory.write_config(cfg)
         try:
-            return Engine.resume(path)
+            return Engine.resume(path, prepared=prepared)
         except BaseException:
             with RunDirectory.open(path) as directory:
                 directory.write_config(before)
@@ -183,8 +193,7 @@ def _with_steps(cfg: Config, dataset: Dataset) -> Config:
     return Config.load(cfg, ["train.epochs=null", f"train.steps={steps}"])
 
 
-def _train(cfg: Config, engine: Engine, dataset: Dataset, stop: Stop, console: Console) -> int:
-    steps = cfg.train.steps or 0
+def _train(cfg: Config, steps: int, engine: Engine, dataset: Dataset, stop: Stop, console: Console) -> int:
     run = engine.run
     began, first = time.perf_counter(), engine.completed_steps
     progress = open_progress(console, first, steps)
@@ -192,49 +201,46 @@ def _train(cfg: Config, engine: Engine, dataset: Dataset, stop: Stop, console: C
     stop.announce = lambda: progress.note("stopping after this step; once more to drop it and stop now")
     stop.deferred = True
     logged = began
-    with Sampler() as sampler:
-        try:
-            if first:
-                progress.note(f"going on after step {first}")
-            for index in range(first, steps):
-                if stop.requested:
-                    break
-                result = engine.step(dataset.train.batch(index))
-                row = run.last_row
-                assert row is not None  # engine.step wrote it
-                progress.step(row)
-                for tracker in trackers:
-                    tracker.log(train_values(row), result.step)
-                if cfg.train.eval_every and result.step % cfg.train.eval_every == 0:
-                    loss = evaluate(engine, dataset, stop)
-                    if loss is None:
-                        break
-                    run.append_eval({"step": result.step, "eval_loss": loss})
-                    progress.note(f"step {result.step}: eval loss {loss:.4f}")
-                    for tracker in trackers:
-                        tracker.log({"eval/loss": loss}, result.step)
-                if time.perf_counter() - logged > MEMORY_JSON_SECONDS:
-                    logged = time.perf_counter()
-                    _write_memory(engine, sampler)
-            engine.commit()
-        finally:
-            stop.deferred = False
-            progress.close()
+    try:
+        if first:
+            progress.note(f"going on after step {first}")
+        for index in range(first, steps):
+            if stop.requested:
+                break
+            result = engine.step(dataset.train.batch(index))
+            row = run.last_row
+            assert row is not None  # engine.step wrote it
+            progress.step(row)
             for tracker in trackers:
-                tracker.close()
-            _write_memory(engine, sampler)
-        if stop.requested and engine.completed_steps < steps:
-            engine.close()
-            report.build(run.path)
-            console.print(
-                f"stopped after step {engine.committed_step}, committed; go on with --resume", highlight=False
-            )
-            return INTERRUPTED
-        if steps == 0:
-            console.print(f"loaded and committed; {run.path}", highlight=False)
-            return 0
-        _save_model(engine, dataset.tokenizer)
-        _write_memory(engine, sampler)
+                tracker.log(train_values(row), result.step)
+            if cfg.train.eval_every and result.step % cfg.train.eval_every == 0:
+                loss = evaluate(engine, dataset, stop)
+                if loss is None:
+                    break
+                run.append_eval({"step": result.step, "eval_loss": loss})
+                progress.note(f"step {result.step}: eval loss {loss:.4f}")
+                for tracker in trackers:
+                    tracker.log({"eval/loss": loss}, result.step)
+            if time.perf_counter() - logged > MEMORY_JSON_SECONDS:
+                logged = time.perf_counter()
+                engine.write_memory()
+        engine.commit()
+    finally:
+        stop.deferred = False
+        progress.close()
+        for tracker in trackers:
+            tracker.close()
+        engine.write_memory()
+    if stop.requested and engine.completed_steps < steps:
+        engine.close()
+        report.build(run.path)
+        console.print(f"stopped after step {engine.committed_step}, committed; go on with --resume", highlight=False)
+        return INTERRUPTED
+    if steps == 0:
+        console.print(f"loaded and committed; {run.path}", highlight=False)
+        return 0
+    _save_model(engine, dataset.tokenizer)
+    engine.write_memory()
     engine.close()
     console.print(tables.run_table(report.summary(report.build(run.path))))
     console.print(f"took {clock(time.perf_counter() - began)}; model in {run.model_path}", highlight=False)
@@ -252,22 +258,3 @@ def evaluate(engine: Engine, dataset: Dataset, stop: Stop) -> float | None:
         total += engine.evaluate(batch) * n
         counted += n
     return total / counted if counted else math.nan
-
-
-def _write_memory(engine: Engine, sampler: Sampler) -> None:
-    """memory.json: per tier the ledger's figures beside plan and budget, and the process tree's RAM; all bytes."""
-    plan = engine.plan
-    engine.run.write_memory(
-        {
-            "tiers": {
-                tier: {
-                    "budget": plan.budget_bytes.get(tier, 0),
-                    "predicted": plan.peak_bytes.get(tier, 0),
-                    "peak": engine.ledger.peak(tier),
-                    "categories": engine.ledger.snapshot().get(tier, {}),
-                }
-                for tier in plan.budget_bytes
-            },
-            "process": {"pss_peak": sampler.peak},
-        }
-    )

@@ -59,6 +59,7 @@ class UpdateStream:
         self._gradient_dtype = gradient_dtype
         self._trace = trace
         self._timeout = timeout
+        self._scratch = _Scratch()
         self._latest: dict[int, UnitUpdate] = {}
         self._commit: Future[None] = _done()
         self._lane = ThreadPoolExecutor(1, thread_name_prefix="optimizer", initializer=limit_lane_threads)
@@ -138,7 +139,7 @@ class UpdateStream:
                 if following is not None:
                     ahead = self._load(job, following)
                 with self._trace.span("optimizer", job.state.unit.name):
-                    chunk.step(job.present, job.steps, job.hyper)
+                    chunk.step(job.present, job.steps, job.hyper, self._scratch)
                 chunk.store(writes, job.durable, self._ring)
             if "param" in job.state.homes:
                 job.update.ready.set_result(None)
@@ -169,6 +170,14 @@ class _Job:
     update: UnitUpdate = field(default_factory=UnitUpdate)
 
 
+class _Scratch:
+    """Cache-sized working memory of the optimizer lane: the float32 master, a widened gradient, and bits of either."""
+
+    def __init__(self) -> None:
+        self.master, self.gradient = torch.empty(2, adamw.CACHE_ELEMENTS)
+        self.bits = torch.empty(adamw.CACHE_ELEMENTS, dtype=torch.int32)
+
+
 class _Chunk:
     """One chunk of one unit's state: views into RAM homes where it has them, else parts of a ring buffer being read."""
 
@@ -181,45 +190,47 @@ class _Chunk:
         self._reads: list[Request] = []
         self._raw: dict[str, Tensor] = {}
         self.roles = {role: self._role(role) for role in job.state.updated_roles}
-        waiting = self._waiting_gradient(job.landing, gradient_dtype)
-        self._narrow = waiting if waiting.dtype != torch.float32 else None
-        self._gradient = self._take(torch.float32) if self._narrow is not None else waiting
-        self._scratch = self._take(torch.float32) if "master" in self.roles else None
+        self._gradient = self._waiting_gradient(job.landing, gradient_dtype)
 
     def wait(self) -> None:
-        """Return when everything this chunk reads has arrived; a gradient kept in bfloat16 is then widened."""
+        """Return when everything this chunk reads has arrived."""
         for request in self._reads:
             request.wait()
-        if self._narrow is not None:
-            self._gradient.copy_(self._narrow)
 
-    def step(self, present: set[str], steps: dict[str, int], hyper: Hyper) -> None:
+    def step(self, present: set[str], steps: dict[str, int], hyper: Hyper, scratch: _Scratch) -> None:
         """AdamW over the pieces of parameters in this chunk, a cache-sized part at a time."""
         layout = self._state.unit.layout
         for at in range(0, self._count, adamw.CACHE_ELEMENTS):
             stop = min(at + adamw.CACHE_ELEMENTS, self._count)
             pieces = [
-                (p.name, at + offset, at + offset + count)
+                (p.name, offset, offset + count)
                 for p, _, count, offset in layout.pieces(True, self._start + at, self._start + stop)
                 if p.name in present
             ]
             if pieces:
-                self._step_part(pieces, at, stop, steps, hyper)
+                self._step_part(pieces, at, stop, steps, hyper, scratch)
 
     def _step_part(
-        self, pieces: list[tuple[str, int, int]], at: int, stop: int, steps: dict[str, int], hyper: Hyper
+        self,
+        pieces: list[tuple[str, int, int]],
+        at: int,
+        stop: int,
+        steps: dict[str, int],
+        hyper: Hyper,
+        scratch: _Scratch,
     ) -> None:
-        gradient = self._gradient
+        n = stop - at
+        param, exp_avg, exp_avg_sq = (self.roles[role][at:stop] for role in ("param", "exp_avg", "exp_avg_sq"))
+        gradient = self._gradient[at:stop]
+        if gradient.dtype != torch.float32:
+            gradient = scratch.gradient[:n].copy_(gradient)
         if hyper.coefficient is not None:
-            gradient[at:stop].mul_(hyper.coefficient)
-        exp_avg, exp_avg_sq = self.roles["exp_avg"], self.roles["exp_avg_sq"]
-        if self._scratch is None:
-            master = self.roles["param"]
-        else:
-            master = self._scratch
-            adamw.merge_master(
-                self.roles["param"][at:stop], self.roles["master"][at:stop], exp_avg_sq[at:stop], master[at:stop]
-            )
+            gradient.mul_(hyper.coefficient)
+        low = self.roles["master"][at:stop] if "master" in self.roles else None
+        master = param
+        if low is not None:
+            master = scratch.master[:n]
+            adamw.merge_master(param, low, exp_avg_sq, master, scratch.bits[:n])
         adamw.fused_step(
             [master[a:b] for _, a, b in pieces],
             [gradient[a:b] for _, a, b in pieces],
@@ -228,10 +239,8 @@ class _Chunk:
             [steps[name] for name, _, _ in pieces],
             hyper,
         )
-        if self._scratch is not None:
-            adamw.split_master(
-                master[at:stop], self.roles["param"][at:stop], self.roles["master"][at:stop], exp_avg_sq[at:stop]
-            )
+        if low is not None:
+            adamw.split_master(master, param, low, exp_avg_sq, scratch.bits[:n])
 
     def store(self, writes: _Writes, durable: bool, ring: Ring) -> None:
         """Start the writes of this chunk; the ring buffer goes back when those that leave from it are done."""

@@ -166,7 +166,7 @@ def test_buffers_are_those_of_the_widest_unit_of_each_class() -> None:
     assert found["gradients.block"].nbytes == 4 * block  # more than one micro-batch: summed in float32
     assert found["gradients.large"].nbytes == 4 * table
     assert found["landing"].nbytes == 4 * table
-    assert (found["update"].count, found["update"].nbytes) == (3, 22 * (2 << 20))
+    assert (found["update"].count, found["update"].nbytes) == (3, 16 * (2 << 20))
     assert found["resident"].nbytes == 4096 + 4096
     assert {b.tier for b in found.values()} == {"gpu", "cpu"}
 
