@@ -16,8 +16,6 @@ from torch import Tensor
 
 # Elements updated at a time: the arrays of one pass stay in a core's second-level cache.
 CACHE_ELEMENTS = 64 * 1024
-_LARGEST = torch.tensor(32767, dtype=torch.int32)
-_SIGN = -(2**31)
 
 
 @dataclass(frozen=True)
@@ -78,6 +76,8 @@ def merge_master(weight: Tensor, low: Tensor, exp_avg_sq: Tensor, out: Tensor, s
 def split_master(master: Tensor, weight: Tensor, low: Tensor, exp_avg_sq: Tensor, scratch: Tensor) -> None:
     """Write the float32 master [n] as its bfloat16 rounding and low half, and mark ties in `exp_avg_sq`.
 
+    A NaN stays a NaN, though not the same one.
+
     Args:
         master: float32 [n]. weight: bfloat16 [n], written. low: int16 [n], written.
         exp_avg_sq: float32 [n], non-negative, its sign bit written. scratch: int32 [n], overwritten.
@@ -86,5 +86,4 @@ def split_master(master: Tensor, weight: Tensor, low: Tensor, exp_avg_sq: Tensor
     scratch.view(torch.float32).copy_(weight)
     torch.sub(master.view(torch.int32), scratch, out=scratch)
     low.copy_(scratch)
-    torch.sub(_LARGEST, scratch, out=scratch)  # negative for a difference of +32768 only
-    exp_avg_sq.view(torch.int32).bitwise_or_(scratch.bitwise_and_(_SIGN))
+    exp_avg_sq.view(torch.int32).bitwise_or_(scratch.eq_(32768).bitwise_left_shift_(31))

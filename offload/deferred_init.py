@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import transformers.initialization
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from transformers import initialization  # not as an attribute of transformers, which may lack it
 
 aten = torch.ops.aten
 
@@ -302,7 +302,7 @@ class DeferredInit(TorchDispatchMode):
 def whole_functions_deferred(mode: DeferredInit) -> Iterator[None]:
     """Defer as a whole those initialisers of torch that look at values and therefore do nothing on meta."""
     # transformers keeps its own references to torch's functions, which its guarded versions call.
-    kept = transformers.initialization.TORCH_INIT_FUNCTIONS
+    kept = initialization.TORCH_INIT_FUNCTIONS
     originals = {name: getattr(nn.init, name) for name in ("trunc_normal_", "orthogonal_", "sparse_", "dirac_")}
 
     def deferring(original: Any) -> Any:
