@@ -1,6 +1,6 @@
 """A training loop of your own around `offload.wrap`: a small model, its own batches, resume and export. Runs on a CPU.
 
-    python examples/python_loop.py [RUN_DIR]
+Run it with `python examples/python_loop.py [RUN_DIR]`.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -165,19 +166,26 @@ def main() -> None:
     # OpenMP's threads spin while they wait, and take the cores from the optimizer, the I/O threads and everybody else:
     # steps were ten times slower on busy cores. Read when PyTorch loads; changes no result.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Large tensors come and go with every unit (`offload.device.keep_to_the_plan`): huge pages take 3/4 of the faults.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         app()
     except Exception as error:
         if os.environ.get("OFFLOAD_DEBUG") == "1" or not _is_for_the_user(error):
             raise
-        print(f"offload: {error}", file=sys.stderr)
+        advice = ". Free space there; a run goes on with --resume" if _is_full(error) else ""
+        print(f"offload: {error}{advice}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 1))
+
+
+def _is_full(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _is_for_the_user(error: Exception) -> bool:
     from offload.errors import OffloadError
 
-    if isinstance(error, OffloadError):
+    if isinstance(error, OffloadError) or _is_full(error):
         return True
     io = sys.modules.get("offload.io.errors")  # loaded if one of its errors was raised
     return io is not None and isinstance(error, io.StoreError)

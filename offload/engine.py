@@ -180,14 +180,15 @@ class Engine:
             self.completed_steps += 1
             if self._clips:
                 self._update(gradients, self._hyper(lr, coefficient))
+            seconds = time.perf_counter() - begin
+            result = StepResult(self.completed_steps, sum(losses), norm, lr, count_tokens(dict(batch)), seconds)
+            # Before its commit: killed in between, a run has a row too many, which resume drops, never one too few.
+            self._log(result)
             if self._is_due(self.completed_steps):
                 self._commit(gradients)
             for index in gradients:
                 self._weights.invalidate(self._units[index])
             self._weights.expect(self._visits[True])
-        seconds = time.perf_counter() - begin
-        result = StepResult(self.completed_steps, sum(losses), norm, lr, count_tokens(dict(batch)), seconds)
-        self._log(result)
         return result
 
     def evaluate(self, batch: Mapping[str, Any]) -> float:

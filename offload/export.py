@@ -99,14 +99,17 @@ def _directory(out: Path) -> Iterator[Path]:
     try:
         (partial / _MARKER).touch()
         yield partial
-        (partial / _MARKER).unlink()
         for file in partial.rglob("*"):
             _sync(file)
         _sync(partial)
         os.rename(partial, out)
+        (out / _MARKER).unlink()  # last: without it, what a kill leaves could not be told from a user's files
+        _sync(out)
         _sync(out.absolute().parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(out)) from error
         raise
 
 

@@ -21,7 +21,7 @@ from offload.checkpoint_source import CheckpointSource
 from offload.config import Config
 from offload.device import Device, open_device
 from offload.errors import ConfigError, OffloadError
-from offload.io import Ledger, Ring, Store, StorePath
+from offload.io import Extent, Ledger, Ring, Store, StorePath
 from offload.prepare import Prepared
 from offload.rundir import RunDirectory
 from offload.state import States, extents
@@ -69,7 +69,7 @@ def create(prepared: Prepared, run: RunDirectory) -> Iterator[Resources]:
         store = Store.create(
             _store_paths(prepared),
             run.store_name,
-            extents(prepared.units, prepared.dtype, prepared.gradient_dtype.itemsize, _spilled(prepared)),
+            _extents(prepared),
             backend=prepared.config.memory.backend,
         )
         with _closed_on_error(_reserve(prepared, store)) as resources:
@@ -90,13 +90,12 @@ def reopen(prepared: Prepared, run: RunDirectory) -> Iterator[Resources]:
     # sizes come from the manifest
     paths = [StorePath(Path(p.path), 1) for p in run.store_paths]
     store = Store.open(paths, run.store_name, backend=prepared.config.memory.backend)
-    wanted = extents(prepared.units, prepared.dtype, prepared.gradient_dtype.itemsize, _spilled(prepared))
-    missing = [e.key for e in wanted if store.extents.get(e.key) != e]
+    missing = [e.key for e in _extents(prepared) if store.extents.get(e.key) != e]
     if missing:
         store.close()
         raise OffloadError(
-            f"the store of {run.path} has no extent {missing[0]} of the size this plan needs; resume with the memory "
-            "settings the run was started with"
+            f"the store of {run.path} has no extent {missing[0]} of the size this model needs; resume with the model "
+            "and batch sizes the run was started with"
         )
     with _closed_on_error(_reserve(prepared, store)) as resources:
         resources.states.load_homes()
@@ -184,8 +183,8 @@ def _observer(trace: Trace) -> Any:
     return observe
 
 
-def _spilled(prepared: Prepared) -> set[str]:
-    return {u.name for u in prepared.plan.units if u.placement.get("grad") == "nvme"}
+def _extents(prepared: Prepared) -> list[Extent]:
+    return extents(prepared.units, prepared.dtype, prepared.gradient_dtype, prepared.workload.clipping)
 
 
 def _store_paths(prepared: Prepared) -> list[StorePath]:

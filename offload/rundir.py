@@ -7,6 +7,7 @@ is the last file of the set-up: a directory with a lock and no `run.json` was ne
 from __future__ import annotations
 
 import datetime
+import errno
 import fcntl
 import importlib.metadata
 import json
@@ -15,8 +16,9 @@ import platform
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,7 +28,7 @@ from offload.errors import ConfigError, OffloadError
 _FILES = (
     "config.yaml", "run.json", "plan.json", "metrics.jsonl", "eval.jsonl", "memory.json", "trace.json", "report.html",
 )  # fmt: skip
-_DIRECTORIES = ("store", "cache")
+_DIRECTORIES = ("store", "cache", "architecture")
 _LIBRARIES = ("offload", "torch", "transformers", "numpy", "safetensors", "tokenizers", "accelerate", "peft", "pyarrow")
 
 
@@ -35,8 +37,11 @@ class RunLocked(OffloadError):
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` as a whole: a reader, or a crash, sees the old text or the new."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Replace `path` as a whole: a reader, or a crash, sees the old text or the new. Raises OSError naming it."""
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
@@ -44,8 +49,10 @@ def write_atomically(path: Path, text: str) -> None:
             os.fchmod(file.fileno(), 0o644)
             os.fsync(file.fileno())
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 
@@ -66,12 +73,13 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 class RunDirectory:
     """Files of one run under `path`; get one from `create` (new run) or `open` (existing run), then `close` it."""
 
-    def __init__(self, path: Path, lock: TextIO, info: dict[str, Any]) -> None:
+    def __init__(self, path: Path, lock: TextIO, info: dict[str, Any], made: Sequence[Path] = ()) -> None:
         self.path = path
         self.info = info
         self.last_row: dict[str, Any] | None = None
         self._lock: TextIO | None = lock
-        self._metrics: TextIO | None = None
+        self._metrics: FileIO | None = None
+        self._made = made
 
     @classmethod
     def create(cls, cfg: Config) -> RunDirectory:
@@ -82,6 +90,7 @@ class RunDirectory:
         """
         path = Path(absolute(cfg.output))
         refuse_existing(path)
+        missing = [directory for entry in cfg.store_paths() for directory in _missing(Path(entry.path))]
         made = _make_directories(path)
         lock = None
         try:
@@ -96,7 +105,7 @@ class RunDirectory:
             }
             cfg.resolved().write(path / "config.yaml")
             write_atomically(path / "run.json", json.dumps(info, indent=2) + "\n")
-            return cls(path, lock, info)
+            return cls(path, lock, info, [*missing, *made])
         except BaseException as error:
             if lock:
                 _remove_files(path)
@@ -174,12 +183,20 @@ class RunDirectory:
         write_atomically(self.path / "trace.json", json.dumps(events) + "\n")
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Add one step's row to `metrics.jsonl`; it is with the operating system when this returns."""
-        if self._metrics is None:
-            self._metrics = self.metrics_path.open("a", encoding="utf-8")
+        """Add one step's row to `metrics.jsonl`; it is with the operating system when this returns.
+
+        Raises OSError naming the file; a torn last line is then dropped on resume.
+        """
+        line = (json.dumps(row) + "\n").encode()
+        try:
+            if self._metrics is None:
+                self._metrics = FileIO(self.metrics_path, "a")
+            written = self._metrics.write(line)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.metrics_path)) from error
+        if written != len(line):  # a disk takes a part only when it has no room for the rest
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.metrics_path))
         self.last_row = dict(row)
-        self._metrics.write(json.dumps(row) + "\n")
-        self._metrics.flush()
 
     def append_eval(self, row: Mapping[str, Any]) -> None:
         """Add one evaluation's row to `eval.jsonl`."""
@@ -205,7 +222,8 @@ class RunDirectory:
             shutil.rmtree(Path(entry.path) / self.store_name, ignore_errors=True)
         _remove_files(self.path)
         self.close()
-        _rmdir(self.path)
+        for directory in self._made or [self.path]:
+            _rmdir(directory)
 
     def close(self) -> None:
         """Let go of the lock. Safe to call twice."""
@@ -280,7 +298,7 @@ def attempt(path: str | Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if path.is_dir() and not is_run(path) and _remove_unlocked(path):
+        if not is_run(path) and (not path.is_dir() or _remove_unlocked(path)):
             for directory in missing:
                 _rmdir(directory)
 
@@ -354,7 +372,7 @@ def _remove_files(path: Path) -> None:
 
 
 def _remove_directory(entry: Path) -> None:
-    if entry.name == "cache":
+    if entry.name != "store":
         shutil.rmtree(entry, ignore_errors=True)
     else:  # the store of this run was removed by name; another run may have been told to keep its own here
         _rmdir(entry)

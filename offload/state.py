@@ -68,14 +68,17 @@ def role_sizes(unit: Unit, dtype: torch.dtype) -> dict[str, int]:
     return {role: n for role, n in sizes.items() if n}
 
 
-def extents(units: Sequence[Unit], dtype: torch.dtype, gradient_itemsize: int, spilled: set[str]) -> list[Extent]:
-    """Everything the store has to hold; `spilled` names the units whose gradients wait there."""
+def extents(
+    units: Sequence[Unit], dtype: torch.dtype, gradient_dtype: torch.dtype, clipping: bool
+) -> list[Extent]:
+    """Everything the store has to hold. With clipping it has room for all gradients, wherever this plan lets them wait:
+    a run can go on with another RAM budget."""
     found = []
     for unit in units:
         for role, nbytes in role_sizes(unit, dtype).items():
             found.append(Extent(f"{unit.index}/{role}", nbytes, sides=1 if role == "frozen" else 2, durable=True))
-        if unit.name in spilled and unit.trainable:
-            nbytes = unit.layout.trainable_elements * gradient_itemsize
+        if clipping and unit.trainable:
+            nbytes = unit.layout.trainable_elements * gradient_dtype.itemsize
             found.append(Extent(f"{unit.index}/grad", nbytes, sides=1, durable=False))
     return found
 

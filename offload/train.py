@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import signal
@@ -21,7 +22,7 @@ from offload.engine import Engine, Prepared, prepare
 from offload.errors import ConfigError, DoesNotFit
 from offload.io import Store, StorePath
 from offload.progress import clock, open_progress
-from offload.resume import check_resumable
+from offload.resumable import check_resumable
 from offload.rundir import RunDirectory
 from offload.trackers import open_trackers, train_values
 
@@ -230,7 +231,8 @@ def _train(cfg: Config, steps: int, engine: Engine, dataset: Dataset, stop: Stop
         progress.close()
         for tracker in trackers:
             tracker.close()
-        engine.write_memory()
+        with contextlib.suppress(OSError):  # a full disk, say: the error under way tells more
+            engine.write_memory()
     if stop.requested and engine.completed_steps < steps:
         engine.close()
         report.build(run.path)

@@ -50,8 +50,7 @@ def _decide(w: Workload, budgets: Budgets, hw: Hardware, solver: str, time_limit
     without_homes = {t: sum(s.values()) for t, s in peaks(w, buffers, (), indices, paths).items()}
     homes_of_gradients = sum(gradient_home(u, w) for u in w.units)
     ram = max(0, limit["cpu"] - (without_homes["cpu"] - homes_of_gradients))
-    spill_room = max(0, limit["nvme"] - without_homes["nvme"])
-    solved = place(w, hw, ram, spill_room, solver, time_limit)
+    solved = place(w, hw, ram, solver, time_limit)
     categories = peaks(w, buffers, solved.choice.state, solved.choice.gradients, paths)
     return _Decision(buffers, solved, categories)
 

@@ -176,7 +176,8 @@ def peaks(
         cpu["device"] = sum(gpu.values())
     nvme = {
         "state": sum(store_bytes(u, w) for u in w.units),
-        "gradients": sum(gradient_home(u, w) for i, u in enumerate(w.units) if i not in gradients_in_ram),
+        # reserved wherever gradients wait today, so that a run can go on with another RAM budget
+        "gradients": sum(gradient_home(u, w) for u in w.units),
     }
     nvme["striping"] = STRIPE_BYTES * nvme_paths if nvme_paths > 1 else 0
     return {

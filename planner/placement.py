@@ -81,19 +81,13 @@ def _choice(items: Iterable[Item]) -> Choice:
     )
 
 
-def spilled_bytes(choice: Choice, w: Workload) -> int:
-    """Bytes of gradients that wait on NVMe."""
-    return sum(gradient_home(u, w) for i, u in enumerate(w.units) if i not in choice.gradients)
-
-
-def greedy(w: Workload, hw: Hardware, ram: int, spill_room: int) -> Solved:
+def greedy(w: Workload, hw: Hardware, ram: int) -> Solved:
     """The best of a few fixed orders, each filled as far as `ram` bytes allow.
 
-    Prefers choices whose spilled gradients fit in `spill_room` bytes of NVMe, then the faster, then the one that moves
-    fewer bytes over NVMe.
+    Prefers the faster choice, then the one that moves fewer bytes over NVMe.
     """
     begin = time.perf_counter()
-    best: tuple[tuple[int, float, float], Choice, Estimate] | None = None
+    best: tuple[tuple[float, float], Choice, Estimate] | None = None
     for order in _orders(w):
         left, taken = ram, []
         for item in order:
@@ -104,8 +98,7 @@ def greedy(w: Workload, hw: Hardware, ram: int, spill_room: int) -> Solved:
             taken.append(item)
         choice = _choice(taken)
         predicted = estimate(w, hw, whole_step(w, choice.state, choice.gradients))
-        overflow = max(0, spilled_bytes(choice, w) - spill_room)
-        score = (overflow, predicted.step_seconds, predicted.nvme_bytes)
+        score = (predicted.step_seconds, predicted.nvme_bytes)
         if best is None or score < best[0]:
             best = (score, choice, predicted)
     assert best is not None
@@ -162,7 +155,7 @@ class SolverFailed(Exception):
     """The MIP gave no usable answer; the message says what the solver reported."""
 
 
-def mip(w: Workload, hw: Hardware, ram: int, spill_room: int, time_limit: float = 10.0) -> Solved:
+def mip(w: Workload, hw: Hardware, ram: int, time_limit: float = 10.0) -> Solved:
     """The placement knapsack through PuLP (HiGHS if importable, else CBC); never worse than `greedy`.
 
     Write-behind is priced only for a given commit interval ("auto" keeps it under a tenth of the step).
@@ -171,7 +164,7 @@ def mip(w: Workload, hw: Hardware, ram: int, spill_room: int, time_limit: float 
     import pulp
 
     begin = time.perf_counter()
-    fallback = greedy(w, hw, ram, spill_room)
+    fallback = greedy(w, hw, ram)
     groups = _groups(w)
     base = whole_step(w, (), ())
     scale = estimate(w, hw, base).step_seconds or 1.0  # step times in units of the worst, bytes in units of RAM
@@ -198,14 +191,7 @@ def mip(w: Workload, hw: Hardware, ram: int, spill_room: int, time_limit: float 
     used = [x.state_bytes / room * state[g] for g, x in enumerate(groups)]
     used += [x.gradient_bytes / room * gradient[g] for g, x in enumerate(groups)]
     problem += pulp.lpSum(used) <= ram / room
-    most = spilled_bytes(Choice(), w)
-    spilled = [x.gradient_bytes / room * (len(x.members) - gradient[g]) for g, x in enumerate(groups)]
-    if most > spill_room:
-        overflow = problem.add_variable("overflow", 0)
-        problem += pulp.lpSum(spilled) - overflow <= spill_room / room
-    else:
-        overflow = 0.0
-    problem.setObjective(pulp.lpSum(times.values()) + 1e3 * overflow)
+    problem.setObjective(pulp.lpSum(times.values()))
 
     gap = 1e-6
     try:
@@ -227,35 +213,28 @@ def mip(w: Workload, hw: Hardware, ram: int, spill_room: int, time_limit: float 
     items = _fill(items, w, ram)
     choice = _choice(items)
     predicted = estimate(w, hw, whole_step(w, choice.state, choice.gradients))
-    over = max(0, spilled_bytes(choice, w) - spill_room)
-    fallback_over = max(0, spilled_bytes(fallback.choice, w) - spill_room)
     too_big = sum(item_bytes(item, w) for item in items) > ram  # a violation within the solver's tolerance
-    if too_big or (fallback_over, fallback.estimate.step_seconds, fallback.estimate.nvme_bytes) < (
-        over,
-        predicted.step_seconds,
-        predicted.nvme_bytes,
-    ):
+    known = fallback.estimate
+    if too_big or (known.step_seconds, known.nvme_bytes) < (predicted.step_seconds, predicted.nvme_bytes):
         choice, predicted = fallback.choice, fallback.estimate
     status = "optimal" if optimal else "feasible"
     return Solved(choice, predicted, "mip", status, gap if optimal else None, time.perf_counter() - begin)
 
 
-def place(
-    w: Workload, hw: Hardware, ram: int, spill_room: int, solver: str = "auto", time_limit: float = 10.0
-) -> Solved:
+def place(w: Workload, hw: Hardware, ram: int, solver: str = "auto", time_limit: float = 10.0) -> Solved:
     """Place by `solver`: "greedy", "mip", or "auto" (mip). A solver that fails falls back to greedy and says so."""
     if solver not in ("auto", "mip", "greedy"):
         raise ValueError(f"planner.solver is {solver!r}; accepted: auto, mip, greedy")
     if solver == "greedy":
-        return greedy(w, hw, ram, spill_room)
+        return greedy(w, hw, ram)
     begin = time.perf_counter()
     full = everything(w)
     if sum(item_bytes((i, what), w) for i in full.state for what in ("state", "gradient")) <= ram:
-        best = greedy(w, hw, ram, spill_room)  # nothing to choose
+        best = greedy(w, hw, ram)  # nothing to choose
         return replace(best, status="optimal", gap=0.0)
     try:
-        return mip(w, hw, ram, spill_room, time_limit)
+        return mip(w, hw, ram, time_limit)
     except SolverFailed as error:
-        best = greedy(w, hw, ram, spill_room)
+        best = greedy(w, hw, ram)
         note = f"solver: the MIP failed ({error}); the greedy placement is used"
         return replace(best, status="fallback", seconds=time.perf_counter() - begin, notes=(note,))

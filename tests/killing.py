@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import offload
 import yaml
 from offload.io import Ledger, Store, StorePath, allocate
-from offload.rundir import read_info, read_jsonl, stored_paths
 from warm import Warm, WarmProcess
+
+import offload
+from offload.rundir import read_info, read_jsonl, stored_paths
 
 Process = subprocess.Popen[bytes] | WarmProcess
 
@@ -79,11 +80,22 @@ def configuration(scenario: Scenario, directory: Path, name: str = "run", seed: 
         "data": {"path": str(directory / "text.txt"), "tokenizer": "bytes", "sequence_length": 32},
         "train": train,
         "memory": {
-            "device": "cpu", "gpu": "64MiB", "cpu": "256MiB", "nvme": [{"path": str(directory / "ssd"), "size": "64MiB"}],
+            "device": "cpu", "gpu": "64MiB", "cpu": "256MiB",
+            "nvme": [{"path": str(directory / "ssd"), "size": "64MiB"}],
         },
         "output": str(directory / name),
     }  # fmt: skip
     if scenario.all_on_nvme:
+        config["memory"]["cpu"] = least_ram(config)
+    return config
+
+
+def engine_configuration(scenario: Scenario, directory: Path, name: str = "run", seed: int = 0) -> dict[str, Any]:
+    """The same for `offload.wrap`: batches come from the caller, so there is no data section."""
+    config = configuration(scenario, directory, name, seed)
+    del config["data"]
+    if scenario.all_on_nvme:
+        config["memory"]["cpu"] = "256MiB"
         config["memory"]["cpu"] = least_ram(config)
     return config
 
@@ -328,7 +340,8 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     for part in ("model", "state"):
         if one[part].keys() != other[part].keys():
             found.append(f"{part}: {sorted(one[part])} and {sorted(other[part])}")
-        found += [f"{part}: {key}" for key in one[part].keys() & other[part].keys() if one[part][key] != other[part][key]]
+        both = one[part].keys() & other[part].keys()
+        found += [f"{part}: {key}" for key in both if one[part][key] != other[part][key]]
     return found
 
 

@@ -41,6 +41,15 @@ def test_help_and_version_load_no_framework(tmp_path: Path) -> None:
         assert command in done.stdout
 
 
+def test_no_module_hides_an_entry_point() -> None:
+    """Importing a submodule sets it as an attribute of the package, over whatever had its name."""
+    import pkgutil
+
+    import offload as package
+
+    assert not {module.name for module in pkgutil.iter_modules(package.__path__)} & set(package.__all__)
+
+
 def test_import_is_light_and_names_resolve() -> None:
     code = (
         "import sys, offload\nassert 'torch' not in sys.modules\n"

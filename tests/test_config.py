@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from offload import preflight
 from offload.config import Config, format_size, parse_size
 from offload.errors import ConfigError
-from offload.resume import check_resumable
+from offload.resumable import check_resumable
 
 MODEL = {"architecture": {"model_type": "llama", "hidden_size": 64}}
 FULL: dict[str, Any] = {
@@ -227,7 +227,12 @@ def test_preflight_tells_what_this_machine_lacks_and_writes_nothing(
     (tmp_path / "file").write_text("")
     (tmp_path / "data.txt").write_text("text")
     good = Config.load(
-        {"model": MODEL, "data": {"path": "data.txt"}, "output": "runs/a", "memory": {"nvme": [{"path": "ssd"}]}}
+        {
+            "model": MODEL,
+            "data": {"path": "data.txt", "tokenizer": "bytes"},
+            "output": "runs/a",
+            "memory": {"nvme": [{"path": "ssd"}]},
+        }
     )
     preflight.check(good)
     bad = Config.load(
@@ -240,6 +245,10 @@ def test_preflight_tells_what_this_machine_lacks_and_writes_nothing(
     for part in ("data.path: got gone.txt", "data.eval_path: got ./gone-too.txt", "output: got file/run",
                  "memory.nvme.0.path: got /proc/no"):  # fmt: skip
         assert part in text
+    with pytest.raises(ConfigError, match=r"data\.tokenizer: missing.*\"bytes\""):  # a fresh model brings none
+        preflight.check(Config.load(good, ["data.tokenizer=null"]))
+    with pytest.raises(ConfigError, match=r"data\.tokenizer: got \./gone"):
+        preflight.check(Config.load(good, ["data.tokenizer=./gone"]))
     for nothing in ({}, {"model": {"dtype": "float32"}}):  # enough when the caller has the model
         cfg = Config.load({**nothing, "output": "runs/a"})
         preflight.check(cfg, model_given=True, data_given=True)

@@ -14,17 +14,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import offload
 import pytest
 import torch
-from killing import SCENARIOS, Run, Scenario, check_survivor, last_row, same, wait
-from offload import cli
-from offload.errors import OffloadError
+from killing import ARCHITECTURE, SCENARIOS, Run, Scenario, check_survivor, engine_configuration, last_row, same, wait
 from offload.io import ChecksumError, StoreError, StoreFull
 from warm import Warm
 
+import offload
+from offload import cli
+from offload.errors import OffloadError
+
 NVME, IN_BACKWARD, RAM = SCENARIOS[0], SCENARIOS[1], SCENARIOS[2]
-BATCH = {"input_ids": torch.arange(64).view(2, 32), "labels": torch.arange(64).view(2, 32)}
+BATCH = {"input_ids": torch.arange(32).view(1, 32), "labels": torch.arange(32).view(1, 32)}
 
 
 class Command:
@@ -142,8 +143,7 @@ def test_a_disk_that_really_fills_up(small_disk: Path) -> None:
 
 
 def test_an_engine_that_failed_says_so_and_can_be_resumed(fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = {key: value for key, value in Run.make(IN_BACKWARD, fast_path).config.items() if key != "data"}
-    config["train"] = {**config["train"], "global_batch_size": 2}
+    config = engine_configuration(IN_BACKWARD, fast_path)
     with monkeypatch.context() as environment:
         environment.setenv("OFFLOAD_FAULTS", "write:ENOSPC:after=45")
         engine = offload.wrap(None, config)
@@ -209,10 +209,10 @@ def test_a_model_in_memory_is_set_up_or_not_at_all(fast_path: Path, monkeypatch:
     """What `offload.wrap` keeps of a given model goes too when the set-up fails, and the directory is free again."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = {k: v for k, v in Run.make(RAM, fast_path).config.items() if k not in ("data", "model")}
-    settings = dict(offload.Config.load(Run.make(RAM, fast_path).config).dump()["model"]["architecture"])
+    config = engine_configuration(RAM, fast_path)
+    del config["model"]
     before = tree(fast_path)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**ARCHITECTURE), dtype=torch.bfloat16)
     with monkeypatch.context() as environment:
         environment.setenv("OFFLOAD_FAULTS", "write:ENOSPC:after=3")
         with pytest.raises(StoreFull):
@@ -237,8 +237,7 @@ def test_export_names_what_cannot_be_read(fast_path: Path, command: Command) -> 
 
 def test_bytes_that_rot_on_the_disk_are_found_on_resume(fast_path: Path) -> None:
     """Changed behind the program's back, while nothing runs."""
-    config = {key: value for key, value in Run.make(RAM, fast_path).config.items() if key != "data"}
-    offload.wrap(None, config).close()
+    offload.wrap(None, engine_configuration(RAM, fast_path)).close()
     data = next((fast_path / "ssd").glob("*/data-0.bin"))
     content = bytearray(data.read_bytes())
     at = next(i for i in range(0, len(content), 4096) if any(content[i : i + 64]))

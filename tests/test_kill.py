@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import offload
 import pytest
 import torch
 from killing import (
@@ -30,18 +29,19 @@ from killing import (
     after_step,
     at,
     check_survivor,
-    configuration,
+    engine_configuration,
     in_export,
     in_set_up,
     last_row,
     same,
     torment,
     wait,
-    write_text,
 )
+from warm import Warm
+
+import offload
 from offload import export
 from offload.rundir import read_jsonl
-from warm import Warm
 
 KILLS = 20  # at least, of the 24 that are aimed at
 
@@ -160,7 +160,8 @@ def test_ctrl_c_while_loading_leaves_nothing(base: Path, warm: Warm) -> None:
     process.send_signal(signal.SIGINT)
     assert wait(process, run) == 130, run.output()
     assert "Traceback" not in run.output()
-    assert sorted(path.name for path in (base / "loading").rglob("*")) == ["deep", "er", "run.log", "run.yaml", "text.txt"]
+    left = sorted(path.name for path in (base / "loading").rglob("*"))
+    assert left == ["deep", "er", "run.log", "run.yaml", "text.txt"]
 
 
 def _until(condition: Any, process: Any, run: Run) -> None:
@@ -177,11 +178,7 @@ def _until(condition: Any, process: Any, run: Run) -> None:
 def test_the_row_of_a_step_is_written_before_its_commit(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However quick the commit: a kill between the two would leave a step without its row."""
     directory = base / "order"
-    directory.mkdir()
-    write_text(directory / "text.txt")
-    config = configuration(SCENARIOS[1], directory)
-    del config["data"]
-    with offload.wrap(None, config) as engine:
+    with offload.wrap(None, engine_configuration(SCENARIOS[1], directory)) as engine:
         append, seen = engine.run.append_metrics, []
 
         def late(row: dict[str, Any]) -> None:

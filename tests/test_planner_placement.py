@@ -8,7 +8,7 @@ import random
 import pulp
 import pytest
 from offload.planner import Hardware, UnitProfile, Workload
-from offload.planner.placement import Choice, greedy, item_bytes, mip, place, spilled_bytes
+from offload.planner.placement import Choice, greedy, item_bytes, mip, place
 from offload.planner.timing import estimate, whole_step
 
 MACHINE = Hardware("test", 0, 0, {"bfloat16": 1e13, "float32": 1e13}, 2e10, 2e10, 1e10, 2e9, 1e9, 2e9)
@@ -50,28 +50,18 @@ def test_the_mip_finds_the_optimum_and_greedy_is_never_better(seed: int) -> None
         for gradients in (subsets(n) if w.clipping else [frozenset(range(n))])
         if size(Choice(state, gradients), w) <= ram
     )
-    found = mip(w, MACHINE, ram, 1 << 60)
+    found = mip(w, MACHINE, ram)
     assert found.status == "optimal" and size(found.choice, w) <= ram
     assert found.estimate.step_seconds == pytest.approx(best, rel=1e-5)
-    quick = greedy(w, MACHINE, ram, 1 << 60)
+    quick = greedy(w, MACHINE, ram)
     assert size(quick.choice, w) <= ram
     assert found.estimate.step_seconds <= quick.estimate.step_seconds * (1 + 1e-12)
-
-
-def test_gradients_that_nvme_cannot_take_stay_in_ram() -> None:
-    w = Workload(
-        tuple(UnitProfile(f"u{i}", "block", 1 << 20, 1 << 20, 0) for i in range(8)), 2, 1, 128, "float32", True, 1
-    )
-    ram = 8 * item_bytes((0, "gradient"), w) + 2 * item_bytes((0, "state"), w)
-    for solver in ("greedy", "mip"):
-        found = place(w, MACHINE, ram, 0, solver)
-        assert spilled_bytes(found.choice, w) == 0 and len(found.choice.state) == 2
 
 
 def test_equal_units_are_solved_by_counts() -> None:
     blocks = tuple(UnitProfile(f"b{i}", "block", 200_000_000, 200_000_000, 0, False, 10**13) for i in range(126))
     w = Workload(blocks, 4, 1, 1024, "bfloat16", True, 1)
-    found = place(w, MACHINE, 40 * item_bytes((0, "state"), w), 1 << 60, "mip")
+    found = place(w, MACHINE, 40 * item_bytes((0, "state"), w), "mip")
     assert found.name == "mip" and found.status == "optimal" and found.seconds < 3
 
 
@@ -82,10 +72,10 @@ def test_a_solver_that_crashes_falls_back_and_says_so(monkeypatch: pytest.Monkey
     monkeypatch.setattr(pulp.LpProblem, "solve", crash)
     w = instance(1, 6)
     ram = 20 << 20
-    found = place(w, MACHINE, ram, 1 << 60, "auto")
+    found = place(w, MACHINE, ram, "auto")
     assert found.name == "greedy" and found.status == "fallback"
     assert "library is broken" in found.notes[0]
-    assert found.choice == greedy(w, MACHINE, ram, 1 << 60).choice
+    assert found.choice == greedy(w, MACHINE, ram).choice
 
 
 def test_values_of_a_solver_without_a_solution_are_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +86,7 @@ def test_values_of_a_solver_without_a_solution_are_not_trusted(monkeypatch: pyte
         return 1
 
     monkeypatch.setattr(pulp.LpProblem, "solve", time_out)
-    found = place(instance(2, 6), MACHINE, 20 << 20, 1 << 60, "mip")
+    found = place(instance(2, 6), MACHINE, 20 << 20, "mip")
     assert found.name == "greedy" and "no solution" in found.notes[0]
 
 
@@ -105,6 +95,6 @@ def test_cbc_takes_over_without_highs(monkeypatch: pytest.MonkeyPatch) -> None:
     if not pulp.PULP_CBC_CMD(msg=False).available():
         pytest.skip("PuLP ships no CBC for this machine")
     w = instance(3, 6)
-    found = mip(w, MACHINE, 20 << 20, 1 << 60)
+    found = mip(w, MACHINE, 20 << 20)
     monkeypatch.undo()
-    assert found.estimate.step_seconds == pytest.approx(mip(w, MACHINE, 20 << 20, 1 << 60).estimate.step_seconds)
+    assert found.estimate.step_seconds == pytest.approx(mip(w, MACHINE, 20 << 20).estimate.step_seconds)

@@ -108,8 +108,9 @@ class Warm:
 
 def serve(path: str) -> None:
     """Answer connections until standard input ends. No thread is ever started in this process."""
-    import offload.train  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import offload.train  # noqa: F401
 
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path + ".new")
