@@ -122,8 +122,8 @@ def table(result: dict[str, Any]) -> str:
         f"over it {result['peak_over_footprint_bytes'] / gib:.3f}; predicted {result['predicted_bytes'] / gib:.3f}, "
         f"budget {result['budget_bytes'] / gib:.3f}",
         f"steps {', '.join(f'{s:.1f} s' for s in result['step_seconds'])}",
-        f"I/O   {result['read_bytes_per_parameter']:.1f} B read, {result['written_bytes_per_parameter']:.1f} written per "
-        "parameter and step",
+        f"I/O   {result['read_bytes_per_parameter']:.1f} B read and "
+        f"{result['written_bytes_per_parameter']:.1f} B written per parameter and step",
         f"total {result['total_seconds']:.0f} s, losses {', '.join(f'{x:.4f}' for x in result['losses'])}",
     ]
     return "\n".join(lines)

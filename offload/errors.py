@@ -20,8 +20,12 @@ class DoesNotFit(OffloadError):
 
 
 class DataError(OffloadError):
-    """A data file is missing or damaged; the message names file and line."""
+    """A data file is missing or damaged; the message names file and line. Found before anything is written."""
+
+    exit_code = 2
 
 
 class WeightsError(OffloadError):
-    """A checkpoint does not match the model; the message names the tensor."""
+    """A checkpoint does not match the model; the message names the tensor. Found before anything is written."""
+
+    exit_code = 2

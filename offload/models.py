@@ -267,7 +267,7 @@ def _instantiate(config: PreTrainedConfig, model_cfg: ModelConfig, dtype: torch.
         return _make(config, bool(model_cfg.trust_remote_code), options)
     except ConfigError:
         raise
-    except (ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, ImportError, KeyError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
         # What a wrong combination of settings raises inside the model's own constructor.
         raise ConfigError(f"model: {config.model_type} cannot be built: {_first_line(error)}") from error
 

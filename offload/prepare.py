@@ -20,6 +20,8 @@ from offload.units import Unit, find_units
 
 # What is planned for when the config has no data section: batches then come from the caller.
 DEFAULT_SEQUENCE_LENGTH = 1024
+# Planned for where the length of the run follows from the data (`train.epochs`).
+UNKNOWN_STEPS = 1_000_000
 # GPU memory that `memory.gpu: auto` leaves to the CUDA context and libraries.
 GPU_ROOM = 1 << 30
 
@@ -64,8 +66,9 @@ def prepare(cfg: Config, model: nn.Module | None = None, hardware: Hardware | No
         raise OffloadError("this model belongs to an engine already; close that one, or wrap a fresh model")
     else:
         models.prepare_for_training(model)
-        if getattr(model, "is_gradient_checkpointing", False):
-            model.gradient_checkpointing_disable()  # type: ignore[operator]
+        for module in model.modules():  # units are run again by the engine; doing it twice would only cost time
+            if getattr(module, "gradient_checkpointing", False):
+                module.gradient_checkpointing = False  # type: ignore[assignment]
     dtype = compute_dtype(cfg, model)
     units = find_units(model)
     workload = _workload(cfg, model, units, dtype, device)
@@ -143,7 +146,7 @@ def _workload(cfg: Config, model: nn.Module, units: list[Unit], dtype: torch.dty
         clipping=cfg.train.max_grad_norm is not None,
         commit_every=cfg.train.commit_every,
         device="cuda" if device == "cuda" else "cpu",
-        steps=max(1, cfg.train.steps or 1),
+        steps=UNKNOWN_STEPS if cfg.train.steps is None else max(1, cfg.train.steps),
         shared_bytes=profile.shared_bytes,
         notes=tuple(profile.notes),
     )

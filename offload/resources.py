@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from offload import models
@@ -31,7 +32,7 @@ from offload.weights import TensorSource, open_weights
 
 # Seconds a lane waits for a buffer or for weights before it reports what hangs. The store watches the device itself.
 TIMEOUT = 600.0
-_ARCHITECTURE = "architecture"
+_ARCHITECTURE, _BUFFERS = "architecture", "buffers.safetensors"
 
 
 @dataclass
@@ -74,11 +75,12 @@ def create(prepared: Prepared, run: RunDirectory) -> Iterator[Resources]:
         )
         with _closed_on_error(_reserve(prepared, store)) as resources:
             if not _described(prepared.config):
-                _save_architecture(prepared.model, run.path)
+                _save_architecture(prepared, run.path)
             names = {name: i for i, name in enumerate(source.order)}
             order = sorted(prepared.units, key=lambda u: (u.resident, min(names[p.name] for p in u.layout.params)))
             resources.states.populate(source.read, order, resources.update, resources.staging, TIMEOUT)
             store.commit({"step": 0, "parameter_steps": [0, {}], "buffers": encode_buffers(prepared.model)})
+            resources.trace.forget()
             yield resources
     finally:
         source.close()
@@ -100,6 +102,7 @@ def reopen(prepared: Prepared, run: RunDirectory) -> Iterator[Resources]:
     with _closed_on_error(_reserve(prepared, store)) as resources:
         resources.states.load_homes()
         decode_buffers(prepared.model, store.meta["buffers"])
+        resources.trace.forget()
         yield resources
 
 
@@ -211,19 +214,22 @@ def _source(prepared: Prepared) -> TensorSource:
     return source
 
 
-def _save_architecture(model: nn.Module, run: Path) -> None:
-    """Keep what is needed to build a given model again on resume: its transformers configuration and class."""
+def _save_architecture(prepared: Prepared, run: Path) -> None:
+    """Keep what is needed to build a given model again on resume: its configuration, class, dtype and buffers."""
+    model = prepared.model
     if not hasattr(model, "config") or hasattr(model, "peft_config"):
         return
     config = models.original_config(model)
     config.architectures = [type(model).__name__]
+    config.dtype = prepared.dtype
     config.save_pretrained(run / _ARCHITECTURE)
+    buffers = {name: b.detach().cpu().clone() for name, b in model.named_buffers()}
+    save_file(buffers, run / _ARCHITECTURE / _BUFFERS)
 
 
 def rebuild_model(run: RunDirectory) -> nn.Module | None:
     """The model of a run that began with one its configuration does not describe, on meta; None if it describes it."""
-    cfg = run.config()
-    if _described(cfg):
+    if _described(run.config()):
         return None
     saved = run.path / _ARCHITECTURE
     if not saved.is_dir():
@@ -231,17 +237,15 @@ def rebuild_model(run: RunDirectory) -> nn.Module | None:
             f"{run.path} was started with a model that cannot be built from a configuration alone (peft, or not from "
             "transformers); build it as before and pass it: offload.resume(run_dir, model=...)"
         )
-    section = {"path": str(saved), "dtype": cfg.model.dtype if cfg.model else _stored_dtype(run)}
-    built = Config.load({"model": section}).model
-    assert built is not None
-    return models.build(built)
-
-
-def _stored_dtype(run: RunDirectory) -> str:
-    from offload.planner import Plan
-
-    plan = Plan.from_json(json.loads((run.path / "plan.json").read_text(encoding="utf-8")))
-    return "bfloat16" if any("master" in u.placement for u in plan.units) else "float32"
+    dtype = json.loads((saved / "config.json").read_text(encoding="utf-8"))["dtype"]
+    section = Config.load({"model": {"path": str(saved), "dtype": dtype}}).model
+    assert section is not None
+    model = models.build(section)
+    # All buffers, those a checkpoint leaves out too: the user may have cast them with the model.
+    for name, value in load_file(saved / _BUFFERS).items():
+        owner, _, last = name.rpartition(".")
+        model.get_submodule(owner)._buffers[last] = value
+    return model
 
 
 # ---- buffers of the model that training may change ----

@@ -105,6 +105,11 @@ def test_examples_load_and_their_files_exist(path: Path) -> None:
     assert cfg.data is not None and (ROOT / cfg.data.path).is_file()
 
 
+def test_the_quickstart_streams_state_from_disk() -> None:
+    plan = offload.plan(Config.load(ROOT / "examples" / "quickstart.yaml", ["memory.device=cpu"]))
+    assert plan.fits and "nvme" in {unit.placement["exp_avg"] for unit in plan.units}
+
+
 def test_the_worked_config_is_the_example() -> None:
     readme = Config.load(yaml.safe_load(blocks(TEXT["README.md"], "yaml")[0]))
     example = Config.load(ROOT / "examples" / "qwen3-8b.yaml")

@@ -96,3 +96,44 @@ def test_nvme_placement_streams_everything(fast_path: Path) -> None:
         assert not engine._held.states.units[0].homes
         engine.step(zoo.batches("llama", 1, 6)[0])
         assert engine.commit() == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resume_of_a_given_model_needs_no_model(dtype: str, fast_path: Path) -> None:
+    """A run that began with a model in memory and no model section goes on from the run directory alone."""
+    model = zoo.make("qwen3").to(getattr(torch, dtype))
+    batches = zoo.batches("qwen3", reference.STEPS, 6)
+    cfg = reference.config(fast_path / "whole", ROWS, 6)
+    del cfg["model"]
+    losses = []
+    with offload.wrap(copy.deepcopy(model), cfg) as engine:
+        losses = [engine.step(batch).loss for batch in batches]
+        want = reference.weights(engine)
+    with offload.wrap(copy.deepcopy(model), {**cfg, "output": str(fast_path / "parts")}) as engine:
+        first = [engine.step(batch).loss for batch in batches[:2]]
+    with offload.resume(fast_path / "parts") as engine:
+        assert engine.completed_steps == 2
+        assert first + [engine.step(batch).loss for batch in batches[2:]] == losses
+        got = reference.weights(engine)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_evaluate_between_steps_changes_nothing(fast_path: Path) -> None:
+    model = zoo.make("llama")
+    batches = zoo.batches("llama", 3, 6)
+    want = reference.train(model, batches, ROWS)
+    with offload.wrap(copy.deepcopy(model), reference.config(fast_path / "run", ROWS, 6)) as engine:
+        before = engine.evaluate(batches[0])
+        losses = []
+        for batch in batches:
+            losses.append(engine.step(batch).loss)
+            engine.evaluate({name: tensor[:3, :10] for name, tensor in batches[0].items()})
+        after = engine.evaluate(batches[0])
+    assert losses == want.losses
+    model.eval()
+    with torch.no_grad():
+        micros = reference.micro_batches(batches[0], ROWS)
+        n = [reference.counted(model, micro) for micro in micros]
+        plain = sum(reference.scaled_loss(model, micro, n, i, True).item() for i, micro in enumerate(micros))
+    assert before == plain
+    assert after != before
