@@ -145,11 +145,20 @@ class Ring:
             self._free.append(address)
             self._changed.notify()
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All chunks: for page-locking them."""
+        return [buffer.tensor for buffer in self._buffers]
+
+    def cancel(self) -> None:
+        """Fail whoever waits for a chunk, now and later; the memory stays until close(), for transfers under way."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
     def close(self) -> None:
         """Free all chunks, acquired ones too, and fail whoever waits for one. Idempotent."""
         with self._changed:
-            if self._closed:
-                return
             self._closed = True
             self._free.clear()
             self._out.clear()

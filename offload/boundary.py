@@ -9,7 +9,7 @@ The model's own `forward` runs everything else; nothing here knows any architect
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,7 +92,8 @@ class Record:
     side: list[tuple[str, int, Tensor]]  # (collector key, position within this unit's own, leaf)
     collected: list[str] | None
     differentiable: bool
-    changed_buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (buffer, its value before the forward)
+    versions: list[int]  # of the inputs: the glue must not change them before backward
+    changed_buffers: list[_Buffer] = field(default_factory=list)
     kept: tuple[list[Any], list[Any]] | None = None  # (detached inputs, outputs with their graph)
     nbytes: int = 0  # of the output leaves, each storage once
 
@@ -149,7 +150,7 @@ class MicroBatch:
         gradients = _backward(record, self._device) if record.differentiable else []
         ready: dict[int, Tensor] = {}
         for x, gradient in gradients:
-            if x.is_leaf:
+            if x.is_leaf and not isinstance(x, nn.Parameter):
                 x.grad = gradient if x.grad is None else x.grad + gradient
             else:
                 before = self._pending.get(id(x))
@@ -165,17 +166,19 @@ class MicroBatch:
         return record
 
     def _glue_is_shared(self, loss: Tensor) -> bool:
-        heads = {x.grad_fn for r in self.tape for x in r.inputs if torch.is_tensor(x) and x.grad_fn is not None}
-        stack, seen = [loss.grad_fn], set()
-        while stack:
-            node = stack.pop()
-            if node is None or node in seen:
-                continue
-            if node in heads:
-                return True
+        glue = [x.grad_fn for r in self.tape for x in r.inputs if torch.is_tensor(x) and x.grad_fn is not None]
+        return bool(_graph(glue) & _graph([loss.grad_fn]))
+
+
+def _graph(heads: list[Any]) -> set[Any]:
+    """All nodes of the autograd graph below `heads` that hold something (leaves do not)."""
+    stack, seen = [node for node in heads if node is not None], set()
+    while stack:
+        node = stack.pop()
+        if node not in seen and not hasattr(node, "variable"):
             seen.add(node)
-            stack.extend(parent for parent, _ in node.next_functions)
-        return False
+            stack.extend(parent for parent, _ in node.next_functions if parent is not None)
+    return seen
 
 
 class Boundaries:
@@ -225,24 +228,76 @@ class Boundaries:
         self._patched.append(module)
 
 
+@dataclass
+class _Buffer:
+    """A buffer that a unit's forward changed: where it hangs, and a copy of its value before."""
+
+    owner: nn.Module
+    name: str
+    before: Tensor
+
+
 class _MutableBuffers:
     """Finds the buffers that a unit's forward changes (running statistics), so that running it again changes nothing.
 
-    Every buffer is copied before the first pass; from the second on, only those that were seen to change.
+    Every buffer is copied before the first training pass; later only those that were seen to change. Values are
+    compared, because native kernels (batch norm) do not count their writes as versions.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._suspects = list(module.buffers())
+        self._suspects = [(m, name) for m in module.modules() for name, b in m._buffers.items() if b is not None]
 
-    def copies(self) -> list[tuple[Tensor, Tensor, int]]:
-        """(buffer, copy of its value, version) of each suspect before a forward."""
-        return [(b, b.detach().clone(), b._version) for b in self._suspects]
+    def copies(self) -> list[tuple[_Buffer, Tensor]]:
+        """Each suspect before a forward: a copy, and the tensor itself."""
+        return [
+            (_Buffer(m, name, b.detach().clone()), b)
+            for m, name in self._suspects
+            if (b := m._buffers[name]) is not None
+        ]
 
-    def changed(self, before: list[tuple[Tensor, Tensor, int]]) -> list[tuple[Tensor, Tensor]]:
-        """(buffer, its value before the forward) of those that the forward changed."""
-        found = [(b, old) for b, old, version in before if b._version != version]
-        self._suspects = [b for b, _ in found]
+    def changed(self, before: list[tuple[_Buffer, Tensor]], training: bool) -> list[_Buffer]:
+        """Those that the forward wrote to or replaced."""
+        found = [c for c, b in before if c.owner._buffers[c.name] is not b or not torch.equal(b, c.before)]
+        if training:
+            self._suspects = [(c.owner, c.name) for c in found]
         return found
+
+
+@contextmanager
+def _as_before(changed: list[_Buffer]) -> Iterator[None]:
+    """Run with the buffers' earlier values in place of the present ones, and leave the present ones untouched."""
+    present = [c.owner._buffers[c.name] for c in changed]
+    for c in changed:
+        c.owner._buffers[c.name] = c.before
+    try:
+        yield
+    finally:
+        for c, b in zip(changed, present, strict=True):
+            c.owner._buffers[c.name] = b
+
+
+def _held_tensors(x: Any, depth: int = 2) -> list[Tensor]:
+    """Tensors inside an object that the argument tree does not open: a mapping of another kind, say."""
+    if torch.is_tensor(x):
+        return [x]
+    if depth == 0 or x is None or isinstance(x, (str, bytes, int, float, bool, type, nn.Module)):
+        return []
+    if isinstance(x, Mapping):
+        inner = list(x.values())
+    elif isinstance(x, (list, tuple, set)):
+        inner = list(x)
+    else:
+        inner = list(getattr(x, "__dict__", {}).values())
+    return [t for value in inner for t in _held_tensors(value, depth - 1)]
+
+
+def _refuse_hidden_gradients(unit: Unit, values: list[Any], what: str) -> None:
+    for x in values:
+        if not torch.is_tensor(x) and any(t.requires_grad or t.grad_fn is not None for t in _held_tensors(x)):
+            raise OffloadError(
+                f"{unit.name}: {what} is a {type(x).__name__} that holds tensors with gradients, which cannot be "
+                "followed through it; pass the tensors themselves, or a plain dict, list or tuple of them"
+            )
 
 
 def _run(
@@ -268,6 +323,9 @@ def _run(
         or any(p.requires_grad for p in module.parameters())
     )
     versions = [x._version if torch.is_tensor(x) else 0 for x in flat]
+    opaque = [(x, [id(t) for t in _held_tensors(x)]) for x in flat if not torch.is_tensor(x)]
+    if differentiable:
+        _refuse_hidden_gradients(unit, flat, "an argument")
     before = mutable.copies()
     collector = capture.active()
     counts = capture.lengths(collector)
@@ -279,13 +337,16 @@ def _run(
         output = forward(*call_args, **call_kwargs)
 
     changed = [i for i, x in enumerate(flat) if torch.is_tensor(x) and x._version != versions[i]]
-    if changed or pytree.tree_structure((call_args, call_kwargs)) != spec:
+    filled = any([id(t) for t in _held_tensors(x)] != held for x, held in opaque)
+    if changed or filled or pytree.tree_structure((call_args, call_kwargs)) != spec:
         what = f"argument {changed[0]}" if changed else "a container among its arguments"
         raise OffloadError(
             f"{unit.name} ({type(module).__name__}) changes {what} in place, so running it again in backward would see "
             "other values; make the block work on a copy"
         )
     out_flat, out_spec = pytree.tree_flatten(output)
+    if differentiable:
+        _refuse_hidden_gradients(unit, out_flat, "an output")
     leaves = [_leaf(x, differentiable) for x in out_flat]
     side: list[tuple[str, int, Tensor]] = []
     kept_side: list[Any] = []
@@ -297,9 +358,18 @@ def _run(
                 values[i] = _leaf(values[i], differentiable)
                 side.append((key, i - start, values[i]))
     record = Record(
-        unit, forward, flat, spec, state, leaves, side, list(counts) if collector is not None else None, differentiable
+        unit,
+        forward,
+        flat,
+        spec,
+        state,
+        leaves,
+        side,
+        list(counts) if collector is not None else None,
+        differentiable,
+        versions,
     )
-    record.changed_buffers = mutable.changed(before)
+    record.changed_buffers = mutable.changed(before, state.grad)
     storages = {t.untyped_storage() for t in leaves if torch.is_tensor(t)}
     record.nbytes = sum({s.data_ptr(): s.nbytes() for s in storages}.values())
     if keep:
@@ -309,45 +379,47 @@ def _run(
 
 def _backward(record: Record, device: str) -> list[tuple[Tensor, Tensor]]:
     """Run a record again with grad and backward through it; returns (input as the model gave it, its gradient)."""
-    after: list[tuple[Tensor, Tensor]] = []
-    if record.kept is not None:
-        inputs, outputs = record.kept
+    for i, (x, version) in enumerate(zip(record.inputs, record.versions, strict=True)):
+        if torch.is_tensor(x) and x._version != version:
+            raise OffloadError(
+                f"the model changes argument {i} of {record.unit.name} in place after the call, so running it again in "
+                "backward would see other values; make the model work on a copy"
+            )
+    with _as_before(record.changed_buffers):
+        inputs, outputs = record.kept or _run_again(record, device)
         record.kept = None
-    else:
-        inputs = [_detach(x, True) for x in record.inputs]
-        after = [(b, b.detach().clone()) for b, _ in record.changed_buffers]
-        with (
-            thread_state(record.state, device),
-            torch.enable_grad(),
-            _no_autocast_cache(),
-            capture.recapture(record.collected) as collected,
-        ):
-            for buffer, old in record.changed_buffers:
-                buffer.copy_(old)
-            args, kwargs = pytree.tree_unflatten(inputs, record.spec)
-            outputs = pytree.tree_flatten(record.forward(*args, **kwargs))[0]
-            outputs = outputs + [collected[key][i] for key, i, _ in record.side]
-    leaves = record.leaves + [leaf for _, _, leaf in record.side]
-    pairs = [
-        (out, leaf.grad)
-        for out, leaf in zip(outputs, leaves, strict=True)
-        if torch.is_tensor(out) and out.requires_grad and leaf.grad is not None
-    ]
-    record.leaves, record.side = [], []
-    del outputs, leaves
-    if pairs:
-        roots, gradients = [o for o, _ in pairs], [g for _, g in pairs]
-        del pairs
-        torch.autograd.backward(roots, gradients)
-    with torch.no_grad():
-        for buffer, new in after:
-            buffer.copy_(new)
+        leaves = record.leaves + [leaf for _, _, leaf in record.side]
+        pairs = [
+            (out, leaf.grad)
+            for out, leaf in zip(outputs, leaves, strict=True)
+            if torch.is_tensor(out) and out.requires_grad and leaf.grad is not None
+        ]
+        record.leaves, record.side = [], []
+        del outputs, leaves
+        if pairs:
+            roots, gradients = [o for o, _ in pairs], [g for _, g in pairs]
+            del pairs
+            torch.autograd.backward(roots, gradients)
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for x, detached in zip(record.inputs, inputs, strict=True):
         if torch.is_tensor(x) and x.requires_grad and detached.grad is not None:
             gradient = detached.grad
             found[id(x)] = (x, found[id(x)][1] + gradient if id(x) in found else gradient)
     return list(found.values())
+
+
+def _run_again(record: Record, device: str) -> tuple[list[Any], list[Any]]:
+    """The unit's forward with grad, as it was the first time; returns detached inputs and outputs with their graph."""
+    inputs = [_detach(x, True) for x in record.inputs]
+    with (
+        thread_state(record.state, device),
+        torch.enable_grad(),
+        _no_autocast_cache(),
+        capture.recapture(record.collected) as collected,
+    ):
+        args, kwargs = pytree.tree_unflatten(inputs, record.spec)
+        outputs = pytree.tree_flatten(record.forward(*args, **kwargs))[0]
+        return inputs, outputs + [collected[key][i] for key, i, _ in record.side]
 
 
 def _detach(x: Any, grad: bool) -> Any:

@@ -195,9 +195,11 @@ class Engine:
         """The loss of one global batch in evaluation mode, without an update; pending updates are seen."""
         micro = self._split(batch)
         with self._all_or_nothing():
+            modes = {module: module.training for module in self.model.modules()}
             self.model.eval()
             losses = self._forward(self._start(micro, training=False))
-            self.model.train()
+            for module, mode in modes.items():
+                module.training = mode
             self._weights.expect(self._visits[True])
         self._trace.forget()
         return sum(losses)
@@ -239,7 +241,8 @@ class Engine:
                         losses[i] = self._finish(run, unit)
                     elif run.tape:
                         run.tape[-1].kept = None  # not the last unit after all: its slot will be refilled
-            self._drain_if_done(unit, runs)
+            if all(unit is None for unit in waiting):
+                self._drain_if_done(unit, runs)
         if runs[0].training:
             self._last_unit = self._visited[-1]
         else:
@@ -419,7 +422,7 @@ class Engine:
         finally:
             self._closed = True
             if self._failed:
-                self._held.close()  # fails the lanes that still wait for buffers or for the store
+                self._held.abort()
             self._stack.close()
 
     def write_memory(self) -> None:

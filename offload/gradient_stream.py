@@ -9,7 +9,9 @@ Each parameter has its own place in the slot; one that got no gradient is left o
 
 from __future__ import annotations
 
+import contextlib
 import queue
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,6 +28,8 @@ from offload.units import Unit
 
 # Writes in flight for one spilled unit; the staging ring keeps the rest for the weight lane.
 WRITES_BEHIND = 2
+# Seconds between two looks at whether the lane has failed, while compute waits for it.
+_LOOK_SECONDS = 0.5
 # Elements added at a time where the dtypes differ: the widened copy stays in a core's cache.
 _PART = 256 * 1024
 
@@ -44,6 +48,7 @@ class _Open:
     gradient: UnitGradient
     buffer: Tensor
     group: str
+    released: bool = False
 
 
 def _accumulate(target: Tensor, gradient: Tensor) -> None:
@@ -94,7 +99,9 @@ class GradientStream:
         self._block_bytes = max((b.numel() for b in slots.get("block", [])), default=0)
         self._open: dict[int, _Open] = {}
         self._draining: list[Future[None]] = []
+        self._drained: set[int] = set()
         self._finished: dict[int, UnitGradient] = {}
+        self._failed: BaseException | None = None
         self._lane = ThreadPoolExecutor(1, thread_name_prefix="d2h", initializer=limit_lane_threads)
         self._hooks = []
         for state in states:
@@ -117,6 +124,9 @@ class GradientStream:
         """No more gradients will come for this unit in this step: drain its slot."""
         entry = self._open.pop(unit.index, None)
         if entry is not None:
+            if unit.index in self._drained:
+                raise OffloadError(f"{unit.name} was visited again in backward after its gradient had left")
+            self._drained.add(unit.index)
             self._draining.append(self._lane.submit(self._drain, entry, self._device.mark()))
 
     def finish(self) -> dict[int, UnitGradient]:
@@ -126,6 +136,7 @@ class GradientStream:
         for future in self._draining:
             future.result(self._timeout)
         self._draining.clear()
+        self._drained.clear()
         found, self._finished = self._finished, {}
         return found
 
@@ -134,6 +145,8 @@ class GradientStream:
         for hook in self._hooks:
             hook.remove()
         self._lane.shutdown(wait=True, cancel_futures=True)
+        self._free.clear()
+        self._open.clear()
 
     def _group(self, unit: Unit) -> str:
         for group in (f"held/{unit.name}", "resident" if unit.resident else ""):
@@ -143,14 +156,15 @@ class GradientStream:
         return "block" if nbytes <= self._block_bytes else "large"
 
     def _take(self, group: str, unit: Unit) -> Tensor:
-        try:
-            return self._free[group].get(timeout=self._timeout)
-        except queue.Empty:
+        deadline = time.monotonic() + self._timeout
+        while time.monotonic() < deadline:
             self._raise_drain_errors()
-            raise OffloadError(
-                f"no gradient slot came free for {unit.name} within {self._timeout:.0f} s; see the trace's d2h and "
-                "nvme_write lanes for what holds them"
-            ) from None
+            with contextlib.suppress(queue.Empty):
+                return self._free[group].get(timeout=_LOOK_SECONDS)
+        raise OffloadError(
+            f"no gradient slot came free for {unit.name} within {self._timeout:.0f} s; see the trace's d2h and "
+            "nvme_write lanes for what holds them"
+        )
 
     def _raise_drain_errors(self) -> None:
         for future in self._draining:
@@ -179,6 +193,21 @@ class GradientStream:
     # ---- the lane's thread ----
 
     def _drain(self, entry: _Open, mark: torch.cuda.Event | None) -> None:
+        try:
+            if self._failed is not None:  # its buffers are lost to the rings: nobody may wait for them
+                raise self._failed
+            self._drain_now(entry, mark)
+        except BaseException as error:
+            self._failed = error
+            self._release(entry)  # the main thread may wait for a slot; it sees the error in `finish`
+            raise
+
+    def _release(self, entry: _Open) -> None:
+        if not entry.released:
+            entry.released = True
+            self._free[entry.group].put(entry.buffer)
+
+    def _drain_now(self, entry: _Open, mark: torch.cuda.Event | None) -> None:
         unit, gradient = entry.gradient.unit, entry.gradient
         state = self._states[unit.index]
         self._device.wait(mark)
@@ -192,17 +221,19 @@ class GradientStream:
                     self._land(flat[part], summed[part])
                     # The norm of the whole parameter, as clip_grad_norm_ takes it: its rounding depends on the length.
                     gradient.norms[slot.name] = torch.linalg.vector_norm(flat[part])
-        self._free[entry.group].put(entry.buffer)
+        self._release(entry)
         self._finished[unit.index] = gradient
         if not self._keep:
             self._update(gradient, landing, lambda: self._landing.release(landing))
             return
-        if state.gradient_home is not None:
-            home = state.gradient_home.view(self._dtype)
-            home[: unit.layout.trainable_elements].copy_(flat[: unit.layout.trainable_elements])
-        else:
-            self._spill(state, flat)
-        self._landing.release(landing)
+        try:
+            if state.gradient_home is not None:
+                home = state.gradient_home.view(self._dtype)
+                home[: unit.layout.trainable_elements].copy_(flat[: unit.layout.trainable_elements])
+            else:
+                self._spill(state, flat)
+        finally:  # writes leave from staging, so nothing needs the landing buffer any more
+            self._landing.release(landing)
 
     def _land(self, target: Tensor, source: Tensor) -> None:
         """Device slot to landing, widened to float32."""

@@ -47,6 +47,8 @@ def split(batch: Mapping[str, Any], rows: int) -> list[dict[str, Any]]:
     sizes = {name: value.shape[0] for name, value in batch.items() if torch.is_tensor(value) and value.dim() > 0}
     if not sizes:
         raise OffloadError("the batch holds no tensor; give a dict of tensors, one global batch")
+    if all(size <= rows for size in sizes.values()):
+        return [dict(batch)]  # one micro-batch: rows need not agree (images of a vision-language batch)
     total = next(iter(sizes.values()))
     for name, size in sizes.items():
         if size != total:

@@ -54,9 +54,21 @@ class Resources:
     gradient_dtype: torch.dtype
     _stack: ExitStack
 
+    def abort(self) -> None:
+        """After a failure, before the lanes are stopped: end all transfers and commits, and fail whoever waits.
+
+        No memory is freed: the store must never read a buffer that is gone and commit what it found there.
+        """
+        self.store.close()
+        for ring in (self.staging, self.landing, self.update):
+            ring.cancel()
+
     def close(self) -> None:
-        """Fail whoever still waits, then give memory, files and locks back."""
+        """Give files, locks and memory back; the lanes must have stopped."""
         self._stack.close()
+        self.weight_slots.clear()
+        self.gradient_slots.clear()
+        self.resident = None
 
 
 @contextmanager
@@ -120,7 +132,6 @@ def _reserve(prepared: Prepared, store: Store) -> Resources:
     with ExitStack() as stack:
         stack.callback(store.close)
         device = open_device(prepared.device)
-        stack.callback(device.close)
 
         def slots(name: str) -> list[Tensor]:
             wanted = plan.buffer(name)
@@ -134,6 +145,8 @@ def _reserve(prepared: Prepared, store: Store) -> Resources:
                 raise ConfigError(f"the plan has no {name} buffer: the model has nothing to train (requires_grad)")
             made = Ring(wanted.count, wanted.nbytes, ledger, "cpu", name)
             stack.callback(made.close)
+            for chunk in made.tensors:
+                device.pin(chunk)
             return made
 
         rings = {name: ring(name) for name in ("staging", "landing", "update")}
@@ -148,6 +161,8 @@ def _reserve(prepared: Prepared, store: Store) -> Resources:
             device.pin,
         )
         stack.callback(states.close)
+        stack.callback(device.close)  # unlocks pages that the homes and rings then give back
+        stack.callback(store.close)  # first of all: nothing may still be written from what follows
         for extent in store.extents.values():
             ledger.add("nvme", extent.key.split("/")[1], extent.padded * extent.sides)
         gradient_slots = {group: slots(f"gradients.{group}") for group in ("block", "large")}

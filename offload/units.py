@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from offload.errors import OffloadError
 from offload.layout import UnitLayout, pack
@@ -78,13 +79,18 @@ def find_units(model: nn.Module) -> list[Unit]:
         found.append((position, kind, group))
     found.sort(key=lambda entry: entry[0])
 
-    boundary_of = {id(m): i for i, (_, _, modules) in enumerate(found) for top in modules for m in top.modules()}
+    boundary_of: dict[int, set[int]] = {}
+    for i, (_, _, modules) in enumerate(found):
+        for m in (m for top in modules for m in top.modules()):
+            boundary_of.setdefault(id(m), set()).add(i)
     members: list[list[nn.Parameter]] = [[] for _ in found]
     leftover: list[nn.Parameter] = []
     for p in model.parameters():
-        homes = {boundary_of.get(id(m)) for m in owners[id(p)]}
-        home = homes.pop() if len(homes) == 1 else None
-        (leftover if home is None else members[home]).append(p)
+        homes = [boundary_of.get(id(m), set()) for m in owners[id(p)]]
+        everywhere = set().union(*homes)
+        # What is used outside of any unit, or in several, stays on the device.
+        alone = len(everywhere) == 1 and all(homes)
+        (members[everywhere.pop()] if alone else leftover).append(p)
 
     units: list[Unit] = []
     for (_, kind, modules), parameters in zip(found, members, strict=True):
@@ -131,8 +137,10 @@ def _single_layers(
     taken = {id(p) for m in chosen for p in m.parameters()}
     within = {id(m) for top in chosen for m in top.modules()}
     for module in model.modules():
-        if id(module) in inside or id(module) in within or type(module) not in _SINGLE_LAYERS:
+        if id(module) in inside or id(module) in within or not isinstance(module, _SINGLE_LAYERS):
             continue
+        if isinstance(module, NonDynamicallyQuantizableLinear):
+            continue  # inside nn.MultiheadAttention, which uses its weight without calling it
         direct = [p for p in module._parameters.values() if p is not None]
         tied = any(id(p) in taken for p in direct)
         large = largest > 0 and sum(p.numel() for p in direct) > LARGE_SHARE * largest

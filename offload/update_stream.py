@@ -62,6 +62,7 @@ class UpdateStream:
         self._scratch = _Scratch()
         self._latest: dict[int, UnitUpdate] = {}
         self._commit: Future[None] = _done()
+        self._failed: BaseException | None = None
         self._lane = ThreadPoolExecutor(1, thread_name_prefix="optimizer", initializer=limit_lane_threads)
         self._commit_lane = ThreadPoolExecutor(1, thread_name_prefix="commit", initializer=limit_lane_threads)
 
@@ -128,8 +129,13 @@ class UpdateStream:
 
     def _run(self, job: _Job) -> None:
         try:
+            if self._failed is not None:  # its buffers are lost to the ring: nobody may wait for them
+                raise self._failed
             job.before.result()
             writes = _Writes(job.state, job.update)
+            if not job.present:  # no gradient: its state is as it was, and what of it lives in RAM may be due
+                self._write_homes(job, writes)
+                return
             elements = job.state.unit.layout.trainable_elements
             starts = list(range(0, elements, CHUNK_ELEMENTS))
             ahead = self._load(job, starts[0])
@@ -145,11 +151,20 @@ class UpdateStream:
                 job.update.ready.set_result(None)
             writes.finish()
         except BaseException as error:
+            self._failed = error
             job.update.fail(error)
             raise
         finally:
             if job.done is not None:
                 job.done()
+
+    def _write_homes(self, job: _Job, writes: _Writes) -> None:
+        for role in job.state.updated_roles:
+            home = job.state.homes.get(role)
+            if job.durable and home is not None:
+                writes.add(role, job.state.write(role, 0, home[: job.state.store.padded(job.state.key(role))]))
+        job.update.ready.set_result(None)
+        writes.finish()
 
     def _load(self, job: _Job, start: int) -> _Chunk:
         return _Chunk(job, start, self._ring.acquire(self._timeout), self._gradient_dtype)

@@ -88,8 +88,9 @@ class WeightStream:
     @contextmanager
     def bound(self, unit: Unit) -> Iterator[None]:
         """The unit's parameters are views of its slot inside the body; loads of the next units go on beside it."""
-        if self._upcoming and self._upcoming[0] == unit.index:
-            self._upcoming.popleft()
+        if unit.index in self._upcoming:
+            while self._upcoming.popleft() != unit.index:
+                pass  # expected, but passed over this time
         slot = self._where.get(unit.index) or self._load(unit, self._choose(unit, position=-1))
         slot.bound = True
         self._load_ahead()
@@ -123,6 +124,9 @@ class WeightStream:
         """Stop the lane; loads that have not begun are dropped."""
         self._upcoming.clear()
         self._lane.shutdown(wait=True, cancel_futures=True)
+        self._slots.clear()
+        self._where.clear()
+        self._resident = None
 
     # ---- slots: main thread only ----
 

@@ -31,7 +31,7 @@ SAME_FIELDS = ("step", "loss", "grad_norm", "lr", "tokens")  # the others are ti
 ALL_FIELDS = {
     *SAME_FIELDS, "seconds", "tokens_per_second", "lane_seconds", "busiest_lane", "peak_bytes", "io_bytes",
 }  # fmt: skip
-ARCHITECTURE = {
+ARCHITECTURE: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
     "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 264, "max_position_embeddings": 64,
     "tie_word_embeddings": False, "bos_token_id": 257, "eos_token_id": 258, "pad_token_id": 256,
@@ -75,7 +75,7 @@ def configuration(scenario: Scenario, directory: Path, name: str = "run", seed: 
         "optimizer": {"name": "adamw", "lr": 3e-3, "weight_decay": 0.01},
         "schedule": {"name": "cosine", "warmup_steps": 2}, **scenario.train,
     }  # fmt: skip
-    config = {
+    config: dict[str, Any] = {
         "model": {"architecture": ARCHITECTURE, "dtype": "bfloat16"},
         "data": {"path": str(directory / "text.txt"), "tokenizer": "bytes", "sequence_length": 32},
         "train": train,

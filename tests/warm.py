@@ -118,8 +118,8 @@ def serve(path: str) -> None:
     os.rename(path + ".new", path)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # watchers are not waited for
     while True:
-        ready = select.select([listener, 0], [], [])[0]
-        if 0 in ready:
+        ready = select.select([listener, sys.stdin], [], [])[0]
+        if sys.stdin in ready:
             return
         connection = listener.accept()[0]
         if os.fork() == 0:
