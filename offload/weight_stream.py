@@ -75,6 +75,7 @@ class WeightStream:
         self._poison = poison
         self._where: dict[int, _Slot] = {}
         self._upcoming: deque[int] = deque()
+        self._failed: BaseException | None = None
         self._lane = ThreadPoolExecutor(1, thread_name_prefix="h2d", initializer=limit_lane_threads)
         self._placeholder = torch.full((1,), float("nan"), dtype=dtype, device=device.name)
         for state in states:
@@ -201,6 +202,15 @@ class WeightStream:
     # ---- the lane's thread ----
 
     def _fill(self, state: UnitState, buffer: Tensor, released: torch.cuda.Event | None) -> None:
+        try:
+            if self._failed is not None:  # its buffers are lost to the ring, which the gradient lane needs too
+                raise self._failed
+            self._fill_now(state, buffer, released)
+        except BaseException as error:
+            self._failed = error
+            raise
+
+    def _fill_now(self, state: UnitState, buffer: Tensor, released: torch.cuda.Event | None) -> None:
         self._ready(state.unit)
         self._device.wait(released)
         start = 0

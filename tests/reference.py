@@ -60,9 +60,13 @@ def train(
     warmup: int = WARMUP,
     weight_decay: float = DECAY,
     dtype: torch.dtype = torch.float32,
+    keep: nn.Module | None = None,
 ) -> Outcome:
-    """Ordinary gradient accumulation with AdamW. In bfloat16 the model computes on roundings of a float32 master."""
-    model = copy.deepcopy(model).train()
+    """Ordinary gradient accumulation with AdamW. In bfloat16 the model computes on roundings of a float32 master.
+
+    Trains a copy, or `keep` itself where it is given.
+    """
+    model = (copy.deepcopy(model) if keep is None else keep).train()
     model.config.use_cache = False
     trained = [p for p in model.parameters() if p.requires_grad]
     masters = trained

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -160,6 +161,27 @@ def test_an_engine_that_failed_says_so_and_can_be_resumed(fast_path: Path, monke
         assert 0 < begun <= len(losses)
         again = [engine.step(BATCH).loss for _ in range(begun, 4)]
     assert losses[begun:4] == again[: len(losses[begun:4])]
+
+
+@pytest.mark.parametrize("scenario", [NVME, IN_BACKWARD], ids=lambda scenario: scenario.name)
+@pytest.mark.parametrize("rule", ["read:EIO", "read:flip", "write:ENOSPC"])
+def test_no_lane_waits_for_one_that_failed(
+    rule: str, scenario: Scenario, fast_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From whatever request on the drive fails: the error comes at once, though buffers are lost with it."""
+    config = engine_configuration(scenario, fast_path)
+    rows = config["train"]["global_batch_size"]
+    batch = {name: ids.expand(rows, -1) for name, ids in BATCH.items()}
+    for after in range(13, 67, 6):
+        with monkeypatch.context() as environment:
+            environment.setenv("OFFLOAD_FAULTS", f"{rule}:after={after}")
+            engine, begin = offload.wrap(None, config), time.monotonic()
+            with pytest.raises(StoreError, match="EIO|ENOSPC|not those written"):
+                for _ in range(12):
+                    engine.step(batch)
+            engine.close()
+        assert time.monotonic() - begin < 30, f"{rule}, from request {after} on"
+        shutil.rmtree(fast_path / "run")
 
 
 # ---- before the first commit ----
