@@ -176,7 +176,7 @@ def test_no_lane_waits_for_one_that_failed(
         with monkeypatch.context() as environment:
             environment.setenv("OFFLOAD_FAULTS", f"{rule}:after={after}")
             engine, begin = offload.wrap(None, config), time.monotonic()
-            with pytest.raises(StoreError, match="EIO|ENOSPC|not those written"):
+            with pytest.raises(StoreError, match=r"EIO|ENOSPC|not those written"):
                 for _ in range(12):
                     engine.step(batch)
             engine.close()
