@@ -23,6 +23,7 @@ from torch import Tensor
 from offload import adamw
 from offload.adamw import Hyper
 from offload.device import limit_lane_threads
+from offload.errors import OffloadError
 from offload.io import Priority, Request, Ring
 from offload.state import CHUNK_ELEMENTS, States, UnitState, role_dtype
 from offload.trace import Trace
@@ -87,7 +88,8 @@ class UpdateStream:
         """
         job = _Job(self._states.units[unit.index], present, dict(steps), hyper, durable, landing, done, self._commit)
         self._latest[unit.index] = job.update
-        self._lane.submit(self._run, job)
+        queued = self._lane.submit(self._run, job)
+        queued.add_done_callback(lambda future: _dropped(job) if future.cancelled() else None)
 
     def commit(self, meta: dict[str, Any], then: Callable[[], None]) -> None:
         """After all updates queued so far are durable, make the store's next version, then call `then`."""
@@ -370,6 +372,11 @@ class _Countdown:
             last = self._count == 0
         if last:
             self._then()
+
+
+def _dropped(job: _Job) -> None:
+    """`close` dropped the job before it began; the commit that waits for it has to hear of it."""
+    job.update.fail(OffloadError(f"the update of {job.state.unit.name} was dropped: the engine was closed"))
 
 
 def _done() -> Future[None]:
