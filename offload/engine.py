@@ -356,7 +356,8 @@ class Engine:
         def committed() -> None:
             self.committed_step = step
 
-        self._updates.commit(self._meta(), committed)
+        # The rows of a committed step have to survive a power cut too.
+        self._updates.commit(self._meta(), self.run.sync_metrics, committed)
 
     def _meta(self) -> dict[str, Any]:
         """What a commit holds beside the extents."""

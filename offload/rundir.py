@@ -198,6 +198,11 @@ class RunDirectory:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.metrics_path))
         self.last_row = dict(row)
 
+    def sync_metrics(self) -> None:
+        """Bring the rows written so far to the disk itself."""
+        if self._metrics is not None:
+            os.fsync(self._metrics.fileno())
+
     def append_eval(self, row: Mapping[str, Any]) -> None:
         """Add one evaluation's row to `eval.jsonl`."""
         with (self.path / "eval.jsonl").open("a", encoding="utf-8") as file:

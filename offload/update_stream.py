@@ -91,10 +91,10 @@ class UpdateStream:
         queued = self._lane.submit(self._run, job)
         queued.add_done_callback(lambda future: _dropped(job) if future.cancelled() else None)
 
-    def commit(self, meta: dict[str, Any], then: Callable[[], None]) -> None:
-        """After all updates queued so far are durable, make the store's next version, then call `then`."""
+    def commit(self, meta: dict[str, Any], first: Callable[[], None], then: Callable[[], None]) -> None:
+        """After all updates queued so far are durable, call `first`, make the store's next version, call `then`."""
         updates = list(self._latest.values())
-        self._commit = self._commit_lane.submit(self._commit_now, updates, meta, then)
+        self._commit = self._commit_lane.submit(self._commit_now, updates, meta, first, then)
 
     def wait_ready(self, unit: Unit) -> None:
         """Block until the unit's latest weights can be read; raises the update's error."""
@@ -122,9 +122,12 @@ class UpdateStream:
 
     # ---- the lanes' threads ----
 
-    def _commit_now(self, updates: list[UnitUpdate], meta: dict[str, Any], then: Callable[[], None]) -> None:
+    def _commit_now(
+        self, updates: list[UnitUpdate], meta: dict[str, Any], first: Callable[[], None], then: Callable[[], None]
+    ) -> None:
         for update in updates:
             update.durable.result()
+        first()
         with self._trace.span("nvme_write", "commit"):
             self._states.store.commit(meta)
         then()

@@ -137,3 +137,19 @@ def test_evaluate_between_steps_changes_nothing(fast_path: Path) -> None:
         plain = sum(reference.scaled_loss(model, micro, n, i, True).item() for i, micro in enumerate(micros))
     assert before == plain
     assert after != before
+
+
+@pytest.mark.parametrize(("dtype", "max_grad_norm"), [("float32", 1.0), ("bfloat16", 1.0), ("bfloat16", None)])
+def test_units_of_several_chunks_on_striped_paths(dtype: str, max_grad_norm: float | None, fast_path: Path) -> None:
+    """Blocks of more elements than the optimizer takes at once, in a store on two paths of unequal size."""
+    model = zoo.make("llama", hidden_size=512, intermediate_size=1280, num_hidden_layers=2, attention_dropout=0.0)
+    batches = zoo.batches("llama", 3, 4, length=12)
+    kind = getattr(torch, dtype)
+    want = reference.train(model, batches, ROWS, max_grad_norm=max_grad_norm, dtype=kind)
+    changes: dict[str, Any] = {"model.dtype": dtype, "train.max_grad_norm": max_grad_norm}
+    changes["memory.nvme"] = [
+        {"path": str(fast_path / "a"), "size": "150MiB"},
+        {"path": str(fast_path / "b"), "size": "400MiB"},
+    ]
+    changes["memory.cpu"] = smallest_cpu_budget(fast_path / "plan", model, 4, **changes)
+    assert_same(streamed(fast_path / "run", model, batches, 4, **changes), want)
