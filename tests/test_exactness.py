@@ -153,3 +153,16 @@ def test_units_of_several_chunks_on_striped_paths(dtype: str, max_grad_norm: flo
     ]
     changes["memory.cpu"] = smallest_cpu_budget(fast_path / "plan", model, 4, **changes)
     assert_same(streamed(fast_path / "run", model, batches, 4, **changes), want)
+
+
+def test_an_expert_without_a_token(fast_path: Path) -> None:
+    """Its slice of the fused weights gets zeros, as in PyTorch: decay and moments go on, nothing shifts."""
+    model = zoo.make("qwen3_moe", num_experts=32, moe_intermediate_size=8)
+    batches = zoo.batches("qwen3_moe", 3, ROWS)
+    probe = copy.deepcopy(model)
+    probe(**batches[0]).loss.backward()
+    gradient = next(p.grad for name, p in probe.named_parameters() if name.endswith("experts.gate_up_proj"))
+    assert (gradient.flatten(1) == 0).all(1).any()
+    want = reference.train(model, batches, ROWS)
+    budget = smallest_cpu_budget(fast_path / "plan", model, ROWS)
+    assert_same(streamed(fast_path / "run", model, batches, ROWS, **{"memory.cpu": budget}), want)
