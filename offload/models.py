@@ -9,6 +9,7 @@ import copy
 import difflib
 import inspect
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -31,6 +32,10 @@ _COMMON_KEYS = frozenset(
     {"model_type", "num_labels", "torch_dtype", "name_or_path", "auto_map", "attn_implementation"}
     | {"experts_implementation", "output_attentions", "use_return_dict", "transformers_version"}
 )
+
+
+# Building sets process-wide state, here and in transformers (the default dtype): one thread at a time.
+_BUILDING = threading.RLock()
 
 
 class ModelConfig(Protocol):
@@ -74,8 +79,14 @@ def build(model_cfg: ModelConfig) -> PreTrainedModel:
 def parameters_as(substitute: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Inside, a module's new parameters on the CPU are replaced by `substitute(parameter)` as they are registered.
 
-    A parameter registered twice is substituted by the same one, so ties survive. Affects all threads of the process.
+    A parameter registered twice is substituted by the same one, so ties survive. Affects all threads of the process,
+    so one thread at a time is let in.
     """
+    with _BUILDING:
+        yield from _parameters_as(substitute)
+
+
+def _parameters_as(substitute: Callable[[Tensor], Tensor]) -> Iterator[None]:
     original = nn.Module.register_parameter
     substitutes = WeakIdKeyDictionary()
 

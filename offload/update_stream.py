@@ -194,7 +194,7 @@ class _Scratch:
     """Cache-sized working memory of the optimizer lane: the float32 master, a widened gradient, and bits of either."""
 
     def __init__(self) -> None:
-        self.master, self.gradient = torch.empty(2, adamw.CACHE_ELEMENTS)
+        self.master, self.gradient = torch.empty(2, adamw.CACHE_ELEMENTS, dtype=torch.float32)
         self.bits = torch.empty(adamw.CACHE_ELEMENTS, dtype=torch.int32)
 
 

@@ -82,19 +82,21 @@ class Story:
     outcome: Outcome
 
 
-def _tell(scenario: Scenario, seed: int, directory: Path, warm: Warm) -> Story:
-    unbroken = Run.make(scenario, directory, "unbroken")
+def _tell(scenario: Scenario, seed: int, unbroken: Run, killed: Run, warm: Warm) -> Story:
     assert unbroken.finish(warm=warm) == 0, unbroken.output()
-    killed = Run.make(scenario, directory, "killed")
     return Story(unbroken, killed, torment(killed, moments(scenario, random.Random(seed)), warm))
 
 
 @pytest.fixture(scope="module")
-def stories(base: Path, warm: Warm) -> Iterator[dict[str, Future[Story]]]:
-    """All scenarios, two at a time."""
+def stories(base: Path, warm: Warm) -> dict[str, Future[Story]]:
+    """All scenarios, two at a time. The threads only watch processes: building models is for one thread at a time."""
+    runs = [
+        (Run.make(scenario, base / str(seed), "unbroken"), Run.make(scenario, base / str(seed), "killed"))
+        for seed, scenario in enumerate(SCENARIOS)
+    ]
     with ThreadPoolExecutor(2) as pool:
-        yield {
-            scenario.name: pool.submit(_tell, scenario, seed, base / str(seed), warm)
+        return {
+            scenario.name: pool.submit(_tell, scenario, seed, *runs[seed], warm)
             for seed, scenario in enumerate(SCENARIOS)
         }
 
