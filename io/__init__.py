@@ -14,38 +14,66 @@
 Knows tensors as bytes; knows nothing of models or training.
 """
 
-from .backend import Backend, ThreadsBackend
-from .buffers import PAGE, HostBuffer, Ring, allocate, round_up
+from .aiofiles_backend import AiofilesBackend
+from .backend import Backend
+from .buffers import PAGE, HostBuffer, Ring, allocate, lock, round_up
+from .choose import BACKENDS, Choice, choose_backend, make_backend, open_backend, why_not
 from .directfile import DirectFile
+from .endurance import drives, used_share
 from .errors import ChecksumError, IOTimeout, StoreError, StoreFull, StoreLocked
 from .faults import FaultyBackend
 from .ledger import Ledger
+from .libaio import LibaioBackend
 from .manifest import BLOCK, STRIPE, Extent, StorePath
 from .request import Observer, Priority, Request
+from .scan import NonFiniteError, Scan, copy_and_scan, first_non_finite
 from .store import Store
+from .threads import ThreadsBackend
+from .tiers import HostTier, Pace, copy, moving
+from .uring import UringBackend
 
 __all__ = [
+    "BACKENDS",
     "BLOCK",
     "PAGE",
     "STRIPE",
+    "AiofilesBackend",
     "Backend",
     "ChecksumError",
+    "Choice",
     "DirectFile",
     "Extent",
     "FaultyBackend",
     "HostBuffer",
+    "HostTier",
     "IOTimeout",
     "Ledger",
+    "LibaioBackend",
+    "NonFiniteError",
     "Observer",
+    "Pace",
     "Priority",
     "Request",
     "Ring",
+    "Scan",
     "Store",
     "StoreError",
     "StoreFull",
     "StoreLocked",
     "StorePath",
     "ThreadsBackend",
+    "UringBackend",
     "allocate",
+    "choose_backend",
+    "copy",
+    "copy_and_scan",
+    "drives",
+    "first_non_finite",
+    "lock",
+    "make_backend",
+    "moving",
+    "open_backend",
     "round_up",
+    "used_share",
+    "why_not",
 ]

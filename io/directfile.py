@@ -14,12 +14,14 @@ from .errors import StoreFull, from_os_error
 class DirectFile:
     """A file for aligned transfers: O_DIRECT when the file system allows it (`direct` says which), else buffered.
 
+    `fd` is open until close(), then -1; `generation` changes whenever it is another one.
     Creates the file when `create` is given. Raises StoreError when it cannot be opened.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, create: bool = False) -> None:
         self.path = Path(path)
         self.direct = False
+        self.generation = 0
         flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
         try:
             self.fd = os.open(self.path, flags, 0o644)
@@ -76,5 +78,6 @@ class DirectFile:
     def close(self) -> None:
         """Close the descriptor. Idempotent."""
         fd, self.fd = self.fd, -1
+        self.generation += 1
         if fd >= 0:
             os.close(fd)

@@ -8,8 +8,14 @@ Rules are a string, several separated by ";", each `kind:action[:option...]`:
              "flip"           (read) one bit of the bytes that were read is wrong
              "kill"           the process gets SIGKILL
              "delay=SECONDS"  the request takes that much longer
+             "rate=BYTES"     all requests of the kind together move at most that many bytes per second
+             "hang"           the request never completes; only closing the backend ends it
     option   "after=N"  the first N requests of the kind are spared (default 0)
              "times=N"  only the next N requests are hit (default: all that follow)
+
+With "delay" and "rate" a fast disk behaves like a slow one, and always the same: a request ends when that device would
+have been done with it and everything begun before it, "read:rate=5e8;write:rate=3e8;read:delay=0.0001" say. Both hold
+requests of their kind only; what really takes longer than that is not made faster.
 
 For example "write:ENOSPC:after=100" or "read:delay=0.01;read:flip:after=3:times=1". A store request is split into
 backend requests of at most 8 MiB; those are what is counted. A commit of a store makes one sync per data file, then
@@ -23,8 +29,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from .backend import Backend
 from .buffers import PAGE
@@ -41,10 +49,11 @@ class Rule:
 
     kind: str
     action: str
-    seconds: float = 0.0
+    value: float = 0.0
     after: int = 0
     times: int | None = None
     seen: int = field(default=0, compare=False)
+    busy_until: float = field(default=0.0, compare=False)
 
     def hits(self) -> bool:
         self.seen += 1
@@ -64,9 +73,13 @@ def _parse_rule(text: str) -> Rule:
     try:
         if kind not in ("read", "write", "sync"):
             raise ValueError(f"'{kind}' is not read, write or sync")
-        if action == "delay":
-            rule = Rule(kind, action, seconds=float(value))
-        elif value or (action not in ("short", "flip", "kill") and not isinstance(getattr(errno, action, None), int)):
+        if action in ("delay", "rate"):
+            rule = Rule(kind, action, value=float(value))
+            if rule.value < 0 or (action == "rate" and (rule.value == 0 or kind == "sync")):
+                raise ValueError(f"'{action}={value}' makes no sense for a {kind}")
+        elif value or not (
+            action in ("short", "flip", "kill", "hang") or isinstance(getattr(errno, action, None), int)
+        ):
             raise ValueError(f"unknown action '{action}'")
         elif (action == "flip" and kind != "read") or (action == "short" and kind == "sync"):
             raise ValueError(f"'{action}' makes no sense for a {kind}")
@@ -90,21 +103,57 @@ class FaultyBackend(Backend):
         self._inner = inner
         self._rules = parse_rules(rules)
         self._lock = threading.Lock()
+        self._hung: list[Transfer] | None = []
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self._inner.name
+
+    def register(self, buffers: Sequence[Tensor]) -> bool:
+        return self._inner.register(buffers)
 
     def close(self, timeout: float | None = None) -> bool:
-        return self._inner.close(timeout)
+        closed = self._inner.close(timeout)
+        with self._lock:
+            hung, self._hung = self._hung or [], None
+        for transfer in hung:
+            transfer.finish(transfer.timed_out("still running when the backend was closed: the device hangs"))
+        return closed and not hung
 
     def submit(self, transfer: Transfer) -> None:
         with self._lock:
             hits = [rule for rule in self._rules if rule.kind == transfer.kind and rule.hits()]
+            if any(rule.action == "hang" for rule in hits) and self._hung is not None:
+                transfer.meter = self.meter
+                transfer.begin = transfer.progress = time.perf_counter()
+                self._hung.append(transfer)
+                return
         for rule in hits:
             if rule.action == "short":
                 transfer.most_per_call = max(PAGE, transfer.nbytes // 3 // PAGE * PAGE)
             elif rule.action == "flip":
                 transfer.after = _chain(_flip, transfer.after)
+            elif rule.action == "rate":
+                self._limit(rule, transfer)
             else:
                 transfer.before = _chain(_trouble(rule), transfer.before)
         self._inner.submit(transfer)
+
+    def _limit(self, rule: Rule, transfer: Transfer) -> None:
+        """Hold `transfer` until a device of that rate, which serves one request at a time, were done with it."""
+        end = 0.0
+
+        def begin(view: memoryview) -> None:
+            nonlocal end
+            with self._lock:
+                end = rule.busy_until = max(rule.busy_until, time.perf_counter()) + len(view) / rule.value
+
+        def hold(view: memoryview) -> None:
+            time.sleep(max(0.0, end - time.perf_counter()))
+            transfer.progress = self.meter.progress = time.perf_counter()
+
+        transfer.before = _chain(begin, transfer.before)
+        transfer.after = _chain(hold, transfer.after)
 
 
 _Hook = Callable[[memoryview], None]
@@ -126,7 +175,7 @@ def _flip(view: memoryview) -> None:
 def _trouble(rule: Rule) -> _Hook:
     def hook(view: memoryview) -> None:
         if rule.action == "delay":
-            time.sleep(rule.seconds)
+            time.sleep(rule.value)
         elif rule.action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         else:

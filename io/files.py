@@ -6,21 +6,23 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from .directfile import DirectFile
 from .errors import StoreError, StoreFull, StoreLocked, from_os_error
-from .manifest import MANIFEST, TEMPORARY, StorePath, sync_directory
+from .manifest import MANIFEST, TEMPORARY, StorePath, sync_directory, write_durably
 
 LOCK = "lock"
 HOME = "home"  # a text file that names the directory with the manifest
+RESERVE = "reserve"  # holds space for the next manifest, given up on a full disk
 
 
 def normalized(paths: Sequence[StorePath], name: str) -> tuple[StorePath, ...]:
     """Absolute paths. Raises StoreError for an unusable name, no path, a path given twice or without a size."""
     if not name or name != os.path.basename(name) or name in (".", ".."):
         raise StoreError(f"'{name}' cannot be the name of a store: it must be a plain file name")
-    result = tuple(StorePath(Path(os.path.abspath(os.path.expanduser(item.path))), item.size) for item in paths)
+    result = tuple(replace(item, path=Path(os.path.abspath(os.path.expanduser(item.path)))) for item in paths)
     if not result or len({item.path.resolve() for item in result}) != len(result):
         raise StoreError(f"store '{name}': needs at least one path, and each path once")
     for item in result:
@@ -67,6 +69,7 @@ class Directories:
 
     def __init__(self, paths: Sequence[StorePath], name: str) -> None:
         self._directories = [item.path / name for item in paths]
+        self.all = tuple(self._directories)
         self.first = self._directories[0]
         self._locks: list[_Lock] = []
         self._made: list[Path] = []
@@ -86,10 +89,7 @@ class Directories:
                 self._refuse_committed(directory)
             for directory in self._directories:
                 self._clear(directory)
-                with open(directory / HOME, "w", encoding="utf-8") as home:
-                    home.write(str(self.first))
-                    home.flush()
-                    os.fsync(home.fileno())
+                write_durably(directory / HOME, str(self.first).encode())
         except BaseException as error:
             for made in self._made:
                 (made / LOCK).unlink(missing_ok=True)
@@ -155,6 +155,26 @@ class Directories:
                 )
         return self._data
 
+    def keep_room(self, nbytes: int) -> None:
+        """Hold space for a manifest of `nbytes`. Raises StoreFull when there is none."""
+        path = self.first / RESERVE
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                if os.fstat(fd).st_size < nbytes:
+                    os.posix_fallocate(fd, 0, nbytes)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise from_os_error(error, f"cannot reserve {nbytes} bytes for the manifest", path) from error
+
+    def give_room(self) -> bool:
+        """Free that space; False if there was none."""
+        path = self.first / RESERVE
+        held = path.exists()
+        path.unlink(missing_ok=True)
+        return held
+
     def release(self) -> None:
         """Close the files and give the locks back. Idempotent."""
         for file in self._data:
@@ -165,9 +185,10 @@ class Directories:
 
     def remove(self) -> None:
         """Delete everything of the store, then release(). Directories above it stay, unless this object made them."""
-        # The manifest first: without it no half-deleted store can be opened.
-        for directory in self._directories:
-            (directory / MANIFEST).unlink(missing_ok=True)
+        # The manifest first, durably: without it no half-deleted store can be opened.
+        if (self.first / MANIFEST).exists():
+            (self.first / MANIFEST).unlink()
+            sync_directory(self.first)
         for directory in self._directories:
             self._clear(directory)
             (directory / LOCK).unlink(missing_ok=True)
@@ -204,5 +225,5 @@ class Directories:
 
     @staticmethod
     def _clear(directory: Path) -> None:
-        for file in (*directory.glob("data-*.bin"), directory / TEMPORARY, directory / HOME):
+        for file in (*directory.glob("data-*.bin"), directory / TEMPORARY, directory / HOME, directory / RESERVE):
             file.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -23,6 +24,8 @@ class Ledger:
         self._lock = threading.Lock()
         self._tiers: dict[str, _Account] = {}
         self._categories: dict[str, dict[str, _Account]] = {}
+        # Called after every change with tier, category and the bytes that were added (negative: removed).
+        self.observer: Callable[[str, str, int], None] | None = None
 
     def add(self, tier: str, category: str, nbytes: int) -> None:
         """Count `nbytes` more. Raises ValueError for a negative number."""
@@ -31,6 +34,8 @@ class Ledger:
         with self._lock:
             self._tiers.setdefault(tier, _Account()).add(nbytes)
             self._categories.setdefault(tier, {}).setdefault(category, _Account()).add(nbytes)
+        if self.observer is not None:
+            self.observer(tier, category, nbytes)
 
     def remove(self, tier: str, category: str, nbytes: int) -> None:
         """Count `nbytes` less. Raises ValueError when the category does not hold that many."""
@@ -41,6 +46,8 @@ class Ledger:
                 raise ValueError(f"ledger: cannot remove {nbytes} bytes from {tier}/{category}, which holds {held}")
             account.now -= nbytes
             self._tiers[tier].now -= nbytes
+        if self.observer is not None:
+            self.observer(tier, category, -nbytes)
 
     def in_use(self, tier: str) -> int:
         """Bytes in use now."""

@@ -63,10 +63,16 @@ class Extent:
 
 @dataclass(frozen=True)
 class StorePath:
-    """A directory for a store and the most bytes of data the store may keep under it."""
+    """A directory for a store and the most bytes of data the store may keep under it.
+
+    `bandwidth`, bytes per second, decides the path's share of every extent when all paths of a store have one; without,
+    the sizes do. `tbw` is the drive's rating in terabytes (1e12 bytes) written, None when it is not known.
+    """
 
     path: Path
     size: int
+    bandwidth: float | None = None
+    tbw: float | None = None
 
 
 @dataclass(frozen=True)
@@ -77,13 +83,37 @@ class Side:
     offsets: Offsets
 
 
-def place(extents: Sequence[Extent], sizes: Sequence[int]) -> tuple[dict[str, tuple[Side, ...]], list[int]]:
+def shares(needed: int, sizes: Sequence[int], bandwidths: Sequence[float | None]) -> list[float]:
+    """How many of `needed` bytes each path shall hold: in proportion to bandwidth, and what would not fit in a fast
+    path's size goes to the others; in proportion to size when a bandwidth is not known."""
+    rates = [rate or 0.0 for rate in bandwidths]
+    if min(rates) <= 0:
+        return [float(size) for size in sizes]
+    result = [0.0] * len(sizes)
+    left, open_ = float(needed), set(range(len(sizes)))
+    while left > 0 and open_:
+        level = left / sum(rates[index] for index in open_)
+        full = {index for index in open_ if rates[index] * level >= sizes[index]}
+        for index in full or open_:
+            result[index] = float(sizes[index]) if full else rates[index] * level
+        if not full:
+            break
+        left -= sum(sizes[index] for index in full)
+        open_ -= full
+    return [max(share, 1.0) for share in result]
+
+
+def place(
+    extents: Sequence[Extent], sizes: Sequence[int], bandwidths: Sequence[float | None] = ()
+) -> tuple[dict[str, tuple[Side, ...]], list[int]]:
     """Lay the extents out over paths of `sizes` bytes; also the bytes used on each.
 
-    Each side is cut into stripes, and each stripe goes to the path that is relatively emptiest, so every path gets
-    its proportional share of every long run. The result depends on the arguments alone: opening a store computes it
-    again. Raises StoreFull when the paths are too small.
+    Each side is cut into stripes, and each stripe goes to the path that is emptiest relative to its share (see shares),
+    so every path gets its part of every long run. The result depends on the arguments alone: opening a store computes
+    it again. Raises StoreFull when the paths are too small.
     """
+    needed = sum(extent.padded * extent.sides for extent in extents)
+    wanted = shares(needed, sizes, bandwidths or [None] * len(sizes))
     used = [0] * len(sizes)
     placed: dict[str, tuple[Side, ...]] = {}
     for extent in extents:
@@ -97,7 +127,7 @@ def place(extents: Sequence[Extent], sizes: Sequence[int]) -> tuple[dict[str, tu
                 fits = [index for index, size in enumerate(sizes) if size - used[index] >= smallest]
                 if not fits:
                     raise _too_small(extents, sizes)
-                index = min(fits, key=lambda index: used[index] / sizes[index])
+                index = min(fits, key=lambda index: used[index] / wanted[index])
                 room = sizes[index] - used[index]
                 length = min(STRIPE, left)
                 if length > room:
@@ -124,7 +154,7 @@ def _too_small(extents: Sequence[Extent], sizes: Sequence[int]) -> StoreFull:
 @dataclass
 class Manifest:
     """One committed version. `sides` holds the committed side (0 or 1) of each block of each durable extent,
-    `checksums` the xxh3_64 of those blocks."""
+    `checksums` the xxh3_64 of those blocks, `written` the bytes written to each path since the store was made."""
 
     name: str
     version: int
@@ -133,6 +163,11 @@ class Manifest:
     sides: Mapping[str, Bytes]
     checksums: Mapping[str, Uint64s]
     meta: dict[str, Any]
+    written: tuple[int, ...]
+
+    def place(self) -> tuple[dict[str, tuple[Side, ...]], list[int]]:
+        """Where everything lies; see place."""
+        return place(self.extents, [item.size for item in self.paths], [item.bandwidth for item in self.paths])
 
     def encode(self) -> bytes:
         body = {
@@ -140,7 +175,8 @@ class Manifest:
             "version": self.version,
             "block": BLOCK,
             "stripe": STRIPE,
-            "paths": [{"path": str(item.path), "size": item.size} for item in self.paths],
+            "paths": [asdict(item) | {"path": str(item.path)} for item in self.paths],
+            "written": self.written,
             "extents": [asdict(extent) for extent in self.extents],
             "committed": {
                 key: {"sides": _pack(np.packbits(self.sides[key])), "xxh3_64": _pack(sums.astype("<u8"))}
@@ -184,11 +220,13 @@ class Manifest:
             return cls(
                 name=body["name"],
                 version=body["version"],
-                paths=tuple(StorePath(Path(item["path"]), item["size"]) for item in body["paths"]),
+                paths=tuple(StorePath(**item | {"path": Path(item["path"])}) for item in body["paths"]),
                 extents=extents,
                 sides=sides,
                 checksums=checksums,
                 meta=body["meta"],
+                # a store of a version that did not count: from here on
+                written=tuple(body.get("written") or [0] * len(body["paths"])),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(
@@ -221,13 +259,22 @@ def write_temporary(directory: Path, data: bytes) -> None:
     """First half of a replacement: the new manifest beside the old one, durable. Leaves nothing behind on OSError."""
     path = directory / TEMPORARY
     try:
-        with open(path, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        write_durably(path, data)
     except OSError:
         path.unlink(missing_ok=True)
         raise
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """A new file with `data`, synced; its name is durable once the directory is synced too."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        done = 0
+        while done < len(data):
+            done += os.pwrite(fd, memoryview(data)[done:], done)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def put_in_place(directory: Path) -> None:

@@ -188,6 +188,7 @@ class Transfer(Request):
         self.action = action
         self.most_per_call = MAX_CALL
         self.view = memoryview(b"") if buffer is None else _view(buffer, self)
+        self.address = 0 if buffer is None else buffer.data_ptr()
         self.meter: Meter | None = None
         self.progress = 0.0
 

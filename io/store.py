@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -21,14 +21,15 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from . import files, manifest
-from .backend import Backend, ThreadsBackend
+from . import manifest, store_parts
+from .backend import Backend
 from .content import FAILED, PENDING, VALID, Content, checker, parts_of, summer, verify_blocks
-from .directfile import DirectFile
+from .endurance import Wear
 from .errors import IOTimeout, StoreError, from_os_error
-from .faults import ENVIRONMENT, FaultyBackend, parse_rules
 from .manifest import BLOCK, Extent, Manifest, StorePath
+from .manifest_file import ManifestFile
 from .request import Batch, Observer, Priority, Request, Transfer
+from .store_parts import StoreParts
 
 logger = logging.getLogger(__name__)
 
@@ -37,24 +38,18 @@ class Store:
     """Named extents on one or more paths. Made by Store.create or Store.open; all methods may be called from any
     thread. Requests on the same blocks are not ordered among each other: wait for one before submitting the next."""
 
-    def __init__(
-        self,
-        directories: files.Directories,
-        paths: tuple[StorePath, ...],
-        name: str,
-        contents: dict[str, Content],
-        data: Sequence[DirectFile],
-        backend: Backend,
-    ) -> None:
-        self._directories = directories
-        self.paths = paths
-        self.name = name
-        self.version = 0
+    def __init__(self, parts: StoreParts) -> None:
+        self._directories = parts.directories
+        self.paths = parts.paths
+        self.name = parts.name
+        self.version = parts.version
         """Number of the last commit; 0 when there is none yet."""
-        self._contents = contents
-        self._data = tuple(data)
-        self._backend = backend
-        self._meta: dict[str, Any] = {}
+        self._contents = parts.contents
+        self._data = parts.data
+        self._backend = parts.backend
+        self._manifest = ManifestFile(parts.directories, parts.data[0], parts.backend)
+        self._wear = Wear(parts.written)
+        self._meta = parts.meta
         self._failed = ""
         self._committing = False
         self._closed = False
@@ -68,71 +63,41 @@ class Store:
         extents: Sequence[Extent],
         *,
         backend: str = "auto",
+        record: Path | None = None,
         timeout: float = 120.0,
     ) -> Store:
         """A new store `name`, its space reserved on every path. Durable extents read as zeros until written.
 
+        `backend` is "auto" or a name of choose.BACKENDS, `record` a file to keep in what "auto" measured.
         `timeout` is how many seconds a device may make no progress before waiters fail. What a creation that was
         interrupted before its first commit left under this name is replaced.
         Raises StoreFull (needed and available bytes, path) with nothing left behind, StoreLocked when another process
         uses the store, StoreError when a committed store of this name exists.
         """
-        keys = [extent.key for extent in extents]
-        if len(set(keys)) != len(keys) or not keys:
-            raise StoreError(f"store '{name}': needs at least one extent, and each key once")
-        paths = files.normalized(paths, name)
-        placed, used = manifest.place(extents, [item.size for item in paths])
-        make = _backend_maker(backend, len(paths), timeout)
-        directories = files.Directories.create(paths, name)
-        try:
-            data = directories.reserve(used)
-        except BaseException:
-            directories.remove()
-            raise
-        contents = {extent.key: Content(extent, placed[extent.key]) for extent in extents}
-        for content in contents.values():
-            if content.extent.durable:
-                content.set_zero()
-        return cls(directories, paths, name, contents, data, make())
+        return cls(store_parts.create(paths, name, extents, backend, record, timeout))
 
     @classmethod
-    def open(cls, paths: Sequence[StorePath], name: str, *, backend: str = "auto", timeout: float = 120.0) -> Store:
-        """The store at its last committed version. Sizes come from the manifest, locations from `paths`, whose order
-        must be that of creation; scratch extents have undefined contents.
+    def open(
+        cls,
+        paths: Sequence[StorePath],
+        name: str,
+        *,
+        backend: str = "auto",
+        record: Path | None = None,
+        timeout: float = 120.0,
+    ) -> Store:
+        """The store at its last committed version. Sizes and bandwidths come from the manifest, locations from `paths`,
+        whose order must be that of creation, and so does a new rating; scratch extents have undefined contents.
 
         Raises StoreError when there is no committed version, the manifest is damaged or a data file is missing or too
         short; StoreLocked when another process uses the store.
         """
-        paths = files.normalized(paths, name)
-        make = _backend_maker(backend, len(paths), timeout)
-        if not cls.exists(paths, name):
-            manifest.load(paths[0].path / name)  # says why
-        directories = files.Directories.open(paths, name)
-        try:
-            committed = manifest.load(directories.first)
-            if committed.name != name or len(committed.paths) != len(paths):
-                raise StoreError(
-                    f"the store was created as '{committed.name}' on {len(committed.paths)} paths "
-                    f"({', '.join(str(item.path) for item in committed.paths)}), not as '{name}' on {len(paths)}",
-                    path=directories.first,
-                )
-            placed, used = manifest.place(committed.extents, [item.size for item in committed.paths])
-            data = directories.open_data(used)
-        except BaseException:
-            directories.release()
-            raise
-        contents = {extent.key: Content(extent, placed[extent.key]) for extent in committed.extents}
-        for key, sides in committed.sides.items():
-            contents[key].set_committed(sides, committed.checksums[key])
-        located = tuple(StorePath(given.path, known.size) for given, known in zip(paths, committed.paths, strict=True))
-        store = cls(directories, located, name, contents, data, make())
-        store.version, store._meta = committed.version, committed.meta
-        return store
+        return cls(store_parts.open_committed(paths, name, backend, record, timeout))
 
     @staticmethod
     def exists(paths: Sequence[StorePath], name: str) -> bool:
         """Whether a committed version of the store is there (it may still be damaged: see open and verify)."""
-        return (files.normalized(paths, name)[0].path / name / manifest.MANIFEST).is_file()
+        return store_parts.exists(paths, name)
 
     @property
     def extents(self) -> Mapping[str, Extent]:
@@ -144,6 +109,16 @@ class Store:
         """What the last commit was given, as it came back from JSON; {} before the first."""
         with self._changed:
             return dict(self._meta)
+
+    @property
+    def backend(self) -> Backend:
+        """What moves this store's bytes: for transfers of scratch files that share its queue and its observer."""
+        return self._backend
+
+    @property
+    def directories(self) -> list[Path]:
+        """The store's own directory on each path."""
+        return [item.path / self.name for item in self.paths]
 
     @property
     def observer(self) -> Observer | None:
@@ -163,6 +138,11 @@ class Store:
     def bytes_written(self) -> int:
         """Bytes written to the data files since the store was opened."""
         return self._backend.bytes_written
+
+    @property
+    def written(self) -> tuple[int, ...]:
+        """Bytes written to each path since the store was made, earlier processes included (see endurance)."""
+        return self._wear.totals()
 
     @property
     def direct(self) -> bool:
@@ -230,7 +210,9 @@ class Store:
                 chunk = buffer[part.first * BLOCK : (part.first + part.blocks) * BLOCK]
                 compute = summer(sums[part.first : part.first + part.blocks])
                 file = self._data[part.file]
-                transfers.append(Transfer("write", file, part.offset, chunk, priority, label=key, before=compute))
+                transfer = Transfer("write", file, part.offset, chunk, priority, label=key, before=compute)
+                transfer.add_done_callback(self._wear.counter(part.file))
+                transfers.append(transfer)
             content.state[target, blocks] = PENDING
             content.staged[blocks] = committed
 
@@ -278,18 +260,20 @@ class Store:
         unusable = "it was interrupted"
         try:
             extents = tuple(content.extent for content in self._contents.values())
-            new = Manifest(self.name, version, self.paths, extents, sides, sums, meta).encode()
+            new = Manifest(self.name, version, self.paths, extents, sides, sums, meta, self._wear.totals()).encode()
             # A failed sync of data is final: the kernel reports it once and may have dropped the pages.
             for request in [self._backend.sync(file) for file in self._data]:
                 request.wait()
             try:
-                self._write_manifest(new)
+                self._manifest.write(new)
             except IOTimeout:
                 raise  # it may still be under way
             except StoreError:
                 unusable = ""  # the old manifest stands and the new one is gone: commit() can be called again
                 raise
-            self._replace_manifest()
+            self._manifest.replace()
+            self._manifest.keep_room(len(new))
+            self._wear.add(0, len(new))
             with self._changed:
                 for key, content in durable.items():
                     content.committed[:] = sides[key]
@@ -304,14 +288,6 @@ class Store:
                 self._committing = False
                 self._changed.notify_all()
         return version
-
-    def _write_manifest(self, data: bytes) -> None:
-        path = self._directories.first / manifest.TEMPORARY
-        self._backend.sync(self._data[0], lambda: manifest.write_temporary(path.parent, data), path).wait()
-
-    def _replace_manifest(self) -> None:
-        path = self._directories.first / manifest.MANIFEST
-        self._backend.sync(self._data[0], lambda: manifest.put_in_place(path.parent), path).wait()
 
     def verify(self) -> list[str]:
         """Read the committed version and describe every block that cannot be read or fails its checksum.
@@ -400,16 +376,3 @@ class Store:
                 transfer.finish(error)
         return batch
 
-
-def _backend_maker(kind: str, paths: int, timeout: float) -> Callable[[], Backend]:
-    """Checks the choice of a backend, and the fault rules of the environment, before anything is touched."""
-    if kind not in ("auto", "threads"):
-        raise StoreError(f"unknown I/O backend '{kind}'", advice='Use "auto" or "threads".')
-    rules = os.environ.get(ENVIRONMENT, "")
-    parse_rules(rules)
-
-    def make() -> Backend:
-        backend = ThreadsBackend(4 * paths, timeout=timeout)
-        return FaultyBackend(backend, rules) if rules else backend
-
-    return make

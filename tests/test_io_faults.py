@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from offload.io import (
+    BACKENDS,
     BLOCK,
     ChecksumError,
     Extent,
@@ -48,10 +50,12 @@ def content(store: Store) -> int:
         return int(buffer.tensor[0])
 
 
-def faulty(paths: list[StorePath], monkeypatch: pytest.MonkeyPatch, rules: str, timeout: float = 20) -> Store:
+def faulty(
+    paths: list[StorePath], monkeypatch: pytest.MonkeyPatch, rules: str, timeout: float = 20, backend: str = "auto"
+) -> Store:
     with monkeypatch.context() as environment:
         environment.setenv("OFFLOAD_FAULTS", rules)
-        return Store.open(paths, "run", timeout=timeout)
+        return Store.open(paths, "run", timeout=timeout, backend=backend)
 
 
 @pytest.mark.parametrize(("code", "kind"), [("ENOSPC", StoreFull), ("EIO", StoreError)])
@@ -119,7 +123,7 @@ def test_a_failed_data_sync_is_final(paths: list[StorePath], monkeypatch: pytest
 
 
 def test_no_room_for_the_manifest_can_be_retried(paths: list[StorePath], monkeypatch: pytest.MonkeyPatch) -> None:
-    store = faulty(paths, monkeypatch, "sync:ENOSPC:after=1:times=1")
+    store = faulty(paths, monkeypatch, "sync:ENOSPC:after=1:times=2")
     fill(store, 2)
     with pytest.raises(StoreFull, match=r"manifest.tmp.*ENOSPC.*Free space"):
         store.commit({"step": 2})
@@ -157,6 +161,32 @@ def test_a_hung_device_is_reported_and_does_not_hang_close(
     assert time.monotonic() - begin < 1.5
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_transfer_that_never_completes_loses_nothing(
+    backend: str, paths: list[StorePath], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The waiter learns of it with file and offset, close() returns, and the committed version is whole."""
+    if backend == "libaio":
+        pytest.skip("loading DeepSpeed's operator again for this takes seconds; tests/test_io_backend.py covers it")
+    store = faulty(paths, monkeypatch, "write:hang:after=1:times=1", timeout=0.2, backend=backend)
+    begin = time.monotonic()
+    with allocate(3 * BLOCK, Ledger()) as buffer:
+        request = store.write("0/param", 0, buffer.tensor)
+        with pytest.raises(IOTimeout, match=r"write of '0/param': no progress.*data-0.bin, offset \d+, length \d+"):
+            request.wait()
+        with pytest.raises(StoreError, match="still being written"):
+            store.publish("0/param")
+        store.close()
+        with pytest.raises(IOTimeout, match="the device hangs"):
+            request.wait()
+    assert time.monotonic() - begin < 5
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)  # a hung store keeps its lock until the process ends
+    with Store.open(paths, "run", backend=backend) as store:
+        assert store.version == 1 and content(store) == 1
+        fill(store, 4)
+        assert store.commit({}) == 2 and content(store) == 4
+
+
 def test_a_hung_commit_is_reported(paths: list[StorePath], monkeypatch: pytest.MonkeyPatch) -> None:
     store = faulty(paths, monkeypatch, "sync:delay=1.5", timeout=0.2)
     fill(store, 2)
@@ -188,6 +218,9 @@ def test_close_cancels_queued_requests(paths: list[StorePath], monkeypatch: pyte
         "write:flip",
         "sync:short",
         "read:delay",
+        "read:rate=0",
+        "sync:rate=5",
+        "write:hang=1",
         "read:EIO:after=x",
         "read:EIO:a=1",
     ],
