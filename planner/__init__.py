@@ -1,12 +1,25 @@
 """Deciding: where every byte lives, what every tier peaks at, how long a step takes. Numbers in, a `Plan` out."""
 
+from offload.planner.advice import advise
 from offload.planner.decide import make_plan
 from offload.planner.hardware import Hardware, available_ram, load_hardware, preset_names, probe
 from offload.planner.memory import gradient_home, home_bytes, is_large, reserve
-from offload.planner.plan import Budgets, Buffers, Plan, Profile, UnitCost, UnitPlan, UnitProfile, Workload
+from offload.planner.plan import (
+    Advice,
+    Budgets,
+    Buffers,
+    Plan,
+    Profile,
+    UnitCost,
+    UnitPlan,
+    UnitProfile,
+    Workload,
+    ZerothOrder,
+)
 from offload.planner.profile import profile_model
 
 __all__ = [
+    "Advice",
     "Budgets",
     "Buffers",
     "Hardware",
@@ -16,6 +29,8 @@ __all__ = [
     "UnitPlan",
     "UnitProfile",
     "Workload",
+    "ZerothOrder",
+    "advise",
     "available_ram",
     "gradient_home",
     "home_bytes",

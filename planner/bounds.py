@@ -44,6 +44,8 @@ def estimate_costs(
             )
         cost.workspace_forward = tokens * (hidden if lookup else width) * size + scores
         cost.workspace_backward = 2 * cost.workspace_forward + gradient
+        cost.workspace_kept = cost.workspace_forward + gradient
+        cost.saved = (cost.workspace_forward,)
         if kind == "head" or len(modules) > 1:
             vocabulary = max((p.shape[0] for p in matrices), default=0)
             cost.workspace_backward = tokens * vocabulary * (2 * size + 16) + gradient

@@ -1,15 +1,31 @@
-"""`make_plan`: workload, budgets and hardware in, a `Plan` out; and what would fit when this does not."""
+"""`make_plan`: workload, budgets and hardware in, a `Plan` out.
+
+Greedy candidates are ranked by the two-stage estimate, the best of them and the MIP's answer by the simulator.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from offload.planner.memory import gradient_home, lower_bound, peaks, reserve
-from offload.planner.placement import Solved, everything, place
-from offload.planner.plan import Budgets, Buffers, Hardware, Plan, UnitPlan, UnitProfile, Workload
+from offload.planner.activations import candidates
+from offload.planner.choice import Choice, UnitChoice, nothing_in_ram
+from offload.planner.layout_arena import arena_layout
+from offload.planner.memory import lower_bound
+from offload.planner.placement import Problem, fillings, top_up
+from offload.planner.plan import Budgets, Hardware, Plan, UnitPlan, UnitProfile, Workload
+from offload.planner.schedule import Prediction, predict
+from offload.planner.suggest import suggestions
 
-EASILY = 0.9  # a third block slot is taken when the peak with it stays under this share of the budget
+MOST_HEAD_CHUNKS = 64
+SIMULATED = 3  # of the greedy candidates at least, the best by estimate ...
+SIMULATED_UNITS = 160  # ... and more of them where models are small: so many units in all
+WORTH = 0.015  # share of a step that traffic over NVMe has to save to be worth its wear
+PAYS = 0.998  # one more block slot has to bring the step below this share of its time ...
+EASILY = 0.9  # ... but the third, which smooths what the simulator does not see, only to stay under this of the budget
+MANY_SLOTS = 4  # with more, activations are taken as the best plan so far has them
+SOLVERS = ("auto", "mip", "greedy")
 
 
 def make_plan(
@@ -24,167 +40,203 @@ def make_plan(
     A plan that does not fit has `fits` false, the bytes short per tier, and suggestions that were checked to fit.
     Raises ValueError for an unknown solver.
     """
-    decided = _decide(workload, budgets, hardware, solver, time_limit)
-    plan = _plan(workload, budgets, hardware, decided)
+    if solver not in SOLVERS:
+        raise ValueError(f"planner.solver is {solver!r}; accepted: {', '.join(SOLVERS)}")
+    begin = time.perf_counter()
+    for tried in head_chunks(workload):
+        if fits(tried, budgets, hardware):
+            break
+    found = decide(tried, budgets, hardware, solver, time_limit)
+    plan = as_plan(found, time.perf_counter() - begin)
     if plan.fits:
         return plan
-    return replace(plan, suggestions=tuple(_suggestions(workload, budgets, hardware, plan.shortfall_bytes)))
+    return replace(plan, suggestions=tuple(suggestions(tried, budgets, hardware, plan.shortfall_bytes, fits)))
+
+
+def head_chunks(w: Workload) -> Iterator[Workload]:
+    """The workload with head and loss in one chunk, then in ever more while the head's workspace is the step's peak.
+
+    More than one chunk costs a second product with the head's weights, so it is for what does not fit otherwise.
+    """
+    if w.head_chunks != "auto":
+        yield w
+        return
+    w = w.in_chunks(1)
+    yield w
+    count = 1
+    while w.logits_bytes and _head_is_the_peak(w) and count < MOST_HEAD_CHUNKS:
+        count *= 2
+        w = w.in_chunks(count)
+        yield w
+
+
+def _head_is_the_peak(w: Workload) -> bool:
+    others = max((u.workspace_backward for u in w.units if not u.kept), default=0)
+    return any(u.workspace_backward > others for u in w.units if u.kept)
 
 
 @dataclass(frozen=True)
-class _Decision:
-    buffers: tuple[Buffers, ...]
-    solved: Solved
-    categories: dict[str, dict[str, int]]
+class Decision:
+    """A choice for a problem with its simulated step, and how it was found."""
 
-    @property
-    def peak(self) -> dict[str, int]:
-        return {tier: sum(sizes.values()) for tier, sizes in self.categories.items()}
-
-
-def _decide(w: Workload, budgets: Budgets, hw: Hardware, solver: str, time_limit: float) -> _Decision:
-    paths = len(budgets.nvme)
-    limit = budgets.by_tier()
-    buffers = reserve(w, _block_slots(w, budgets))
-    indices = range(len(w.units))
-    without_homes = {t: sum(s.values()) for t, s in peaks(w, buffers, (), indices, paths).items()}
-    homes_of_gradients = sum(gradient_home(u, w) for u in w.units)
-    ram = max(0, limit["cpu"] - (without_homes["cpu"] - homes_of_gradients))
-    solved = place(w, hw, ram, solver, time_limit)
-    categories = peaks(w, buffers, solved.choice.state, solved.choice.gradients, paths)
-    return _Decision(buffers, solved, categories)
+    problem: Problem
+    choice: Choice
+    prediction: Prediction
+    solver: str
+    status: str
+    gap: float | None
+    notes: tuple[str, ...] = ()
 
 
-def _block_slots(w: Workload, budgets: Budgets) -> int:
-    """Three block slots where the peak with them, everything at home in RAM, is well inside the budget; else two."""
-    full = everything(w)
-    peak = {t: sum(s.values()) for t, s in peaks(w, reserve(w, 3), full.state, full.gradients).items()}
-    tiers = ("gpu", "cpu") if w.device == "cpu" else ("gpu",)
-    limit = budgets.by_tier()
-    return 3 if all(peak[t] <= EASILY * limit[t] for t in tiers) else 2
+def decide(w: Workload, budgets: Budgets, hw: Hardware, solver: str = "auto", time_limit: float = 10.0) -> Decision:
+    """The fastest choice within the budgets, with the fewest slots that reach it; where nothing fits, the smallest."""
+    best: Decision | None = None
+    for slots in _slot_counts(w):
+        p = Problem(w, hw, budgets, slots)
+        found = greedy(p, best.choice if best and slots > MANY_SLOTS else None)
+        if best is not None and not _fits(p, found.choice):
+            break
+        if best is None or _pays(found, best):
+            best = found
+    assert best is not None
+    if solver == "greedy" or not _fits(best.problem, best.choice):
+        return best
+    if _nothing_to_choose(best):
+        return replace(best, status="optimal", gap=0.0)
+    return _improved(best, time_limit)
 
 
-def _plan(w: Workload, budgets: Budgets, hw: Hardware, decided: _Decision) -> Plan:
-    limit, peak = budgets.by_tier(), decided.peak
-    solved, choice = decided.solved, decided.solved.choice
-    shortfall = {tier: peak[tier] - limit[tier] for tier in peak if peak[tier] > limit[tier]}
-    units = tuple(_unit_plan(u, w, i in choice.state, i in choice.gradients) for i, u in enumerate(w.units))
+def _pays(more: Decision, best: Decision) -> bool:
+    """Whether the decision with more block slots is worth its memory."""
+    seconds, known = more.prediction.step_seconds, best.prediction.step_seconds
+    if seconds < PAYS * known:
+        return True
+    peak, limit = more.problem.peak(more.choice), more.problem.limit
+    tiers = ("gpu", "cpu") if more.problem.w.device == "cpu" else ("gpu",)
+    return more.problem.block_slots == 3 and seconds <= known and all(peak[t] <= EASILY * limit[t] for t in tiers)
+
+
+def greedy(p: Problem, known: Choice | None = None) -> Decision:
+    """The best greedy candidate: homes in fixed orders, activations swept, or as in the choice that is `known`."""
+    bases = candidates(p) if known is None else [nothing_in_ram(p.w, p.block_slots), _without_homes(known, p)]
+    fitting = [c for c in bases if _fits(p, c)]
+    ranked = sorted({c: p.score(c) for base in fitting or bases[:1] for c in fillings(p, base)}.items(),
+                    key=lambda pair: pair[1])  # fmt: skip
+    count = max(SIMULATED, SIMULATED_UNITS // max(1, len(p.w.units)))
+    return _best(p, [choice for choice, _ in ranked[:count]], "greedy", "feasible")
+
+
+def _best(
+    p: Problem, choices: Iterable[Choice], solver: str, status: str, at_most: float = float("inf")
+) -> Decision:
+    """The fastest; of those within WORTH of it, and `at_most` so many seconds, the one that moves the fewest bytes over
+    NVMe, which wears. Where those bytes are as good as the same, the optimizer's part of CXL memory decides."""
+    looked_at = dict.fromkeys(c for choice in choices for c in (choice, top_up(p, choice)))
+    made = [Decision(p, c, predict(p.w, p.hw, c), solver, status, None) for c in looked_at]
+    enough = min(at_most, (1 + WORTH) * min(d.prediction.step_seconds for d in made))
+    fast = [d for d in made if d.prediction.step_seconds <= enough]
+    few = (1 + WORTH) * min(d.prediction.nvme_bytes for d in fast)
+    mild = [d for d in fast if d.prediction.nvme_bytes <= few]
+    return min(mild, key=lambda d: (p.misplaced(d.choice), d.prediction.nvme_bytes, d.prediction.step_seconds))
+
+
+def _improved(best: Decision, time_limit: float) -> Decision:
+    """The MIP's answer if the simulator finds it faster, else the greedy one; a solver that fails is told."""
+    p = best.problem
+
+    def fall_back(reason: Exception) -> Decision:
+        note = f"solver: the MIP failed ({reason}); the greedy choice is used"
+        return replace(best, status="fallback", notes=(note,))
+
+    try:
+        from offload.planner.mip import GAP, solve
+        from offload.planner.solver import SolverFailed
+    except ImportError as error:  # the greedy choice needs no PuLP
+        return fall_back(error)
+    try:
+        solution = solve(p, time_limit)
+    except SolverFailed as error:
+        return fall_back(error)
+    status = "optimal" if solution.optimal else "feasible"
+    found = _best(p, [best.choice, solution.choice], "mip", status, best.prediction.step_seconds)
+    return replace(found, gap=GAP if solution.optimal else None)
+
+
+def _slot_counts(w: Workload) -> list[int]:
+    """Numbers of block slots worth a look: two to overlap, three to smooth, more to keep weights on the device."""
+    if w.zo:  # a slot holds perturbed weights, which nobody needs a second time
+        return [2, 3]
+    blocks = sum(u.kind in ("block", "other") for u in w.units)
+    counts = [2, 3, 4]
+    while counts[-1] < blocks:
+        counts.append(min(blocks, 2 * counts[-1]))
+    return [n for n in counts if n <= max(2, blocks)]
+
+
+def _without_homes(choice: Choice, p: Problem) -> Choice:
+    """The choice with everything on NVMe but its activations, in the problem's number of slots."""
+    return Choice(
+        tuple(replace(c, weights="nvme", state="nvme", gradient="nvme") for c in choice.units), p.block_slots
+    )
+
+
+def _fits(p: Problem, choice: Choice) -> bool:
+    return all(room >= 0 for room in p.room(choice).values())
+
+
+def _nothing_to_choose(d: Decision) -> bool:
+    homes = all(c.weights == c.state == c.gradient == "cpu" for c in d.choice.units)
+    busy = all(c.recompute == 0.0 or u.saved_bytes == 0 for u, c in zip(d.problem.w.units, d.choice.units, strict=True))
+    return homes and (d.problem.w.activations == "recompute" or busy)
+
+
+def fits(w: Workload, budgets: Budgets, hw: Hardware) -> bool:
+    """Whether any choice keeps the budgets: the one that needs least is looked at."""
+    p = Problem(w, hw, budgets)
+    return any(_fits(p, choice) for choice in candidates(p))
+
+
+def as_plan(d: Decision, seconds: float) -> Plan:
+    """The decision, which took `seconds`, as a plan: its buffers, peaks and times."""
+    p, w = d.problem, d.problem.w
+    buffers, categories = p.buffers(d.choice), p.categories(d.choice)
+    peak = {tier: sum(sizes.values()) for tier, sizes in categories.items()}
+    shortfall = {tier: peak[tier] - p.limit[tier] for tier in peak if peak[tier] > p.limit[tier]}
+    units = tuple(_unit_plan(u, c, w) for u, c in zip(w.units, d.choice.units, strict=True))
+    step = d.prediction.step_seconds
     return Plan(
         fits=not shortfall,
-        budget_bytes=limit,
+        budget_bytes=p.limit,
         peak_bytes=peak,
-        categories=decided.categories,
-        step_seconds=solved.estimate.step_seconds,
-        tokens_per_second=w.tokens / solved.estimate.step_seconds if solved.estimate.step_seconds else 0.0,
-        lane_seconds=solved.estimate.lane_seconds,
-        busiest_lane=solved.estimate.busiest_lane,
-        solver={"name": solved.name, "status": solved.status, "gap": solved.gap, "seconds": solved.seconds},
+        categories=categories,
+        step_seconds=step,
+        tokens_per_second=w.tokens / step if step else 0.0,
+        lane_seconds=d.prediction.lane_seconds,
+        busiest_lane=d.prediction.busiest_lane,
+        solver={"name": d.solver, "status": d.status, "gap": d.gap, "seconds": seconds},
         units=units,
-        layout={
-            "arena_bytes": sum(b.total for b in decided.buffers if b.tier == "gpu"),
-            "lower_bound_bytes": lower_bound(w),
-        },
-        buffers=decided.buffers,
-        commit_every=solved.estimate.commit_every,
+        head_chunks=int(w.head_chunks) if w.logits_bytes else 0,
+        layout=arena_layout(w, buffers).to_json() | {"one_unit_bytes": lower_bound(w)},
+        buffers=buffers,
+        commit_every=d.prediction.commit_every,
         spill_gradients=any(u.placement["grad"] == "nvme" for u in units),
-        hardware=hw.name,
-        notes=w.notes + solved.notes,
+        hardware=p.hw.name,
+        stall_seconds=d.prediction.stall_seconds,
+        notes=w.notes + d.notes,
         shortfall_bytes=shortfall,
     )
 
 
-def _unit_plan(unit: UnitProfile, w: Workload, state_in_ram: bool, gradient_in_ram: bool) -> UnitPlan:
-    home = "cpu" if state_in_ram else "nvme"
-    placement = {role: home for role in ("param", "master", "exp_avg", "exp_avg_sq")}
-    waits = w.clipping and unit.trainable
-    placement["grad"] = ("cpu" if gradient_in_ram else "nvme") if waits else "gpu"
-    placement["activation"] = "gpu"
-    kept = float(unit.kept or unit.kind == "resident")
-    activations = {"keep": kept, "recompute": 1.0 - kept, "swap_cpu": 0.0, "swap_nvme": 0.0}
+def _unit_plan(unit: UnitProfile, c: UnitChoice, w: Workload) -> UnitPlan:
+    state = c.weights if w.zo else c.state  # zeroth-order: moments travel with the weights
+    placement = {"param": c.weights, **dict.fromkeys(("master", "exp_avg", "exp_avg_sq"), state)}
+    placement["grad"] = c.gradient if w.clipping and unit.trainable else "gpu"
+    placement["activation"] = c.boundary
+    activations = {
+        "keep": c.keep,
+        "recompute": c.recompute,
+        "swap_cpu": c.swap_cpu,
+        "swap_cxl": c.swap_cxl,
+        "swap_nvme": c.swap_nvme,
+    }
     return UnitPlan(unit.name, unit.parameters, placement, activations)
-
-
-def with_batch(w: Workload, micro_batch: int, sequence_length: int) -> Workload:
-    """The workload at another micro-batch or sequence length, the rows of a global batch unchanged.
-
-    An estimate from above when sizes shrink: of a backward workspace, up to one gradient of the unit's parameters does
-    not scale; the rest, and everything else, scales with tokens.
-    """
-    ratio = micro_batch * sequence_length / (w.micro_batch * w.sequence_length)
-
-    def scaled(unit: UnitProfile) -> UnitProfile:
-        fixed = min(unit.workspace_backward, unit.trainable * w.itemsize)
-        return replace(
-            unit,
-            forward_flops=round(unit.forward_flops * ratio),
-            boundary_bytes=round(unit.boundary_bytes * ratio),
-            workspace_forward=round(unit.workspace_forward * ratio),
-            workspace_backward=fixed + round((unit.workspace_backward - fixed) * ratio),
-        )
-
-    return replace(
-        w,
-        units=tuple(scaled(u) for u in w.units),
-        micro_batch=micro_batch,
-        micro_batches=-(-w.micro_batches * w.micro_batch // micro_batch),
-        sequence_length=sequence_length,
-        shared_bytes=round(w.shared_bytes * ratio),
-    )
-
-
-def _raised(budgets: Budgets, shortfall: dict[str, int]) -> Budgets:
-    """The budgets with exactly the missing bytes added, NVMe's to its first path."""
-    nvme = budgets.nvme or (("", 0),)
-    missing = shortfall.get("nvme", 0)
-    return replace(
-        budgets,
-        gpu=budgets.gpu + shortfall.get("gpu", 0),
-        cpu=budgets.cpu + shortfall.get("cpu", 0),
-        nvme=((nvme[0][0], nvme[0][1] + missing), *nvme[1:]) if missing else budgets.nvme,
-    )
-
-
-def _fits(w: Workload, budgets: Budgets, hw: Hardware) -> bool:
-    decided = _decide(w, budgets, hw, "greedy", 0.0)
-    limit = budgets.by_tier()
-    return all(n <= limit[tier] for tier, n in decided.peak.items())
-
-
-def readable(nbytes: int) -> str:
-    """Bytes in the largest binary unit under which the number is at least 1, and exactly."""
-    for unit, size in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if nbytes >= size:
-            return f"{nbytes / size:.2f}{unit} ({nbytes} bytes)"
-    return f"{nbytes} bytes"
-
-
-def _smaller(w: Workload) -> Iterator[tuple[str, Workload]]:
-    """Settings that need less, nearest first: each a message and its workload."""
-    micro, length = w.micro_batch // 2, w.sequence_length // 2
-    while micro >= 1:
-        yield f"set train.micro_batch_size to {micro}", with_batch(w, micro, w.sequence_length)
-        micro //= 2
-    while length >= 64:
-        batch = ", train.micro_batch_size to 1" if w.micro_batch > 1 else ""
-        yield f"set data.sequence_length to {length}{batch}", with_batch(w, 1, length)
-        length //= 2
-
-
-def _suggestions(w: Workload, budgets: Budgets, hw: Hardware, shortfall: dict[str, int]) -> list[str]:
-    """Nearest settings that fit, each planned before it is offered."""
-    found: list[str] = []
-    raised = _raised(budgets, shortfall)
-    if _fits(w, raised, hw):
-        changes = []
-        for tier in shortfall:
-            if tier == "nvme":
-                where = f" at {raised.nvme[0][0]}" if raised.nvme[0][0] else ""
-                changes.append(f"memory.nvme{where} to {readable(raised.nvme[0][1])}")
-            else:
-                changes.append(f"memory.{tier} to {readable(raised.by_tier()[tier])}")
-        found.append("set " + " and ".join(changes))
-    for text, smaller in _smaller(w):
-        if _fits(smaller, budgets, hw):
-            found.append(text)
-            break
-    return found

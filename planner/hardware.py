@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import yaml
@@ -15,6 +15,7 @@ __all__ = ["Hardware", "available_ram", "load_hardware", "preset_names", "probe"
 
 PRESETS = Path(__file__).with_name("presets")
 _KEYS = tuple(f.name for f in fields(Hardware))
+_REQUIRED = tuple(f.name for f in fields(Hardware) if f.default is MISSING and f.default_factory is MISSING)
 
 
 def preset_names() -> list[str]:
@@ -43,7 +44,7 @@ def load_hardware(name_or_file: str | Path, ssds: int = 1) -> Hardware:
     for key in data:
         if key not in _KEYS:
             raise ValueError(f"hardware file {path}: unknown key {key!r}{_near(str(key), _KEYS)}")
-    missing = [key for key in _KEYS if key not in data and key != "source"]
+    missing = [key for key in _REQUIRED if key not in data]
     if missing:
         raise ValueError(f"hardware file {path}: missing {', '.join(missing)}")
     data["source"] = {str(k): str(v) for k, v in (data.get("source") or {}).items()}

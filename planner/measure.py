@@ -1,4 +1,6 @@
-"""Measure this machine in about two seconds, once: matrix products, copies, the optimizer, the drives.
+"""Measure this machine in a few seconds, once: matrix products, copies, the optimizer, the drives, far memory.
+
+What is used in two directions at once (the link to the device, the drives) is measured alone and together.
 
 Rates are cached per machine and store path; how much RAM is free is looked up every time.
 """
@@ -13,19 +15,20 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
 import torch
-from offload.planner.plan import Hardware
+from offload.planner.plan import SPLIT_RATIO, Hardware
 from torch import Tensor
 
 SYSTEM_SHARE = 0.10  # of RAM, left to the system ...
 SYSTEM_BYTES = 2 << 30  # ... and at least this much
-_VERSION = 1  # of what is measured and how; part of the cache key
+_VERSION = 3  # of what is measured and how; part of the cache key
 _FILE_BYTES = 128 << 20
 _BLOCK = 8 << 20
 _SECONDS = 0.15  # per measurement
@@ -33,22 +36,29 @@ _DRIVE_SECONDS = 0.6  # per direction, after which no new block is started
 _QUEUE = 4  # blocks in flight
 
 
-def probe(device: str, store_paths: Sequence[str | Path] = (), refresh: bool = False) -> Hardware:
+def probe(
+    device: str,
+    store_paths: Sequence[str | Path] = (),
+    refresh: bool = False,
+    adamw: Callable[[str], float] | None = None,
+) -> Hardware:
     """This machine's `Hardware`, measured now or, unless `refresh`, taken from the cache.
 
     `device` is "cpu" or "cuda". A store path that does not exist is measured at its nearest existing parent; paths on
-    one file system count once. A path that cannot be written counts at a slow drive's rates, and `source` says so.
+    one file system count once. `adamw` measures the run's own optimizer: parameters per second by compute dtype, at the
+    number of threads its lane has; without it torch's fused AdamW
+    is timed. A path that cannot be written counts at a slow drive's rates, and `source` says so.
     Raises ValueError for "cuda" without a CUDA device.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("memory.device is 'cuda', but there is no CUDA device here; use 'cpu' or 'auto'")
     drives = _file_systems(store_paths)
-    cache = cache_directory() / f"hardware-{_machine_key(device, drives)}.json"
+    cache = cache_directory() / f"hardware-{machine_key(device, drives)}.json"
     if not refresh:
         cached = _load(cache)
         if cached is not None:
             return replace(cached, cpu_bytes=available_ram())
-    measured = _measure(device, drives)
+    measured = _measure(device, drives, adamw)
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=cache.parent, suffix=".tmp", delete=False) as file:
@@ -123,7 +133,29 @@ def _file_systems(paths: Sequence[str | Path]) -> dict[int, Path]:
     return found
 
 
-def _machine_key(device: str, drives: dict[int, Path]) -> str:
+def bandwidths(paths: Sequence[str | Path]) -> list[float] | None:
+    """For each path, the bytes per second at which its drive reads and writes equal amounts in turn, measured now.
+
+    None when they need not be told apart: paths on one file system, a drive that could not be measured, or rates within
+    a quarter of each other, which on a busy drive is chance.
+    """
+    devices = [next(iter(_file_systems([path]).items())) for path in paths]
+    drives = dict(devices)
+    if len(drives) < 2:
+        return None
+    rates = {}
+    for device, directory in drives.items():
+        read, write, _, how = _drive_rates(directory)
+        if how.startswith("assumed"):
+            return None
+        # paths that share a drive share its rate
+        rates[device] = 2 / (1 / read + 1 / write) / sum(other == device for other, _ in devices)
+    found = [rates[device] for device, _ in devices]
+    return None if min(found) > 0.75 * max(found) else found
+
+
+def machine_key(device: str, drives: dict[int, Path]) -> str:
+    """Equal where the same rates are to be expected: this machine, PyTorch, its threads, the device, the drives."""
     gpu = torch.cuda.get_device_name() if device == "cuda" else ""
     parts = [_VERSION, platform.node(), platform.machine(), platform.processor(), os.cpu_count(), torch.__version__]
     parts += [torch.get_num_threads(), device, gpu, *sorted(str(d) for d in drives.values())]
@@ -137,22 +169,28 @@ def _load(path: Path) -> Hardware | None:
         return None
 
 
-def _measure(device: str, drives: dict[int, Path]) -> Hardware:
+def _measure(device: str, drives: dict[int, Path], adamw: Callable[[str], float] | None) -> Hardware:
     source = {key: "measured on this machine" for key in ("matrix_flops", "h2d", "d2h", "ram", "adamw")}
     flops = {name: _matrix_rate(getattr(torch, name), device) for name in ("bfloat16", "float32")}
-    ram = _copy_rate(torch.ones(_FILE_BYTES // 4), torch.zeros(_FILE_BYTES // 4))
+    with _one_thread():  # as a lane copies
+        ram = _copy_rate(torch.ones(_FILE_BYTES // 4), torch.zeros(_FILE_BYTES // 4))
     h2d = d2h = ram
+    link_duplex = 1.0
     if device == "cuda":
-        host = torch.zeros(_FILE_BYTES // 4).pin_memory()
-        there = torch.ones(_FILE_BYTES // 4, device="cuda")
-        h2d, d2h = _copy_rate(host, there), _copy_rate(there, host)
-    reads, writes = 0.0, 0.0
+        h2d, d2h, link_duplex = _link_rates()
+    reads, writes, together = 0.0, 0.0, []
     for directory in drives.values():
-        read, write, how = _drive_rates(directory)
+        read, write, duplex, how = _drive_rates(directory)
         reads, writes = reads + read, writes + write
+        together.append(duplex)
         source[f"nvme {directory}"] = how
     if not drives:
-        reads, writes, source["nvme"] = *_SLOW_DRIVE, "assumed: no store path given"
+        reads, writes, source["nvme"] = *_SLOW_DRIVE[:2], "assumed: no store path given"
+    nodes = cxl_nodes()
+    for node, nbytes in nodes.items():
+        source[f"cxl node {node}"] = f"{nbytes} bytes of memory on a NUMA node without CPUs; its rate is assumed"
+    fused = adamw("float32") if adamw else _adamw_rate()
+    ratio = adamw("bfloat16") / fused if adamw else SPLIT_RATIO
     return Hardware(
         name=torch.cuda.get_device_name() if device == "cuda" else f"this machine ({os.cpu_count()} CPUs)",
         gpu_bytes=torch.cuda.mem_get_info()[0] if device == "cuda" else 0,
@@ -163,7 +201,12 @@ def _measure(device: str, drives: dict[int, Path]) -> Hardware:
         ram=ram,
         nvme_read=reads,
         nvme_write=writes,
-        adamw_parameters_per_second=_adamw_rate(),
+        adamw_parameters_per_second=fused,
+        adamw_split_ratio=ratio,
+        link_duplex=link_duplex,
+        nvme_duplex=min(together, default=1.0),
+        cores=torch.get_num_threads(),
+        cxl_bytes=sum(nodes.values()),
         source=source,
     )
 
@@ -192,21 +235,85 @@ def _matrix_rate(dtype: torch.dtype, device: str) -> float:
 
 def _copy_rate(source: Tensor, target: Tensor) -> float:
     device = "cuda" if source.is_cuda or target.is_cuda else "cpu"
-    return source.nbytes / _best_seconds(lambda: target.copy_(source), device)
+    return source.nbytes / _best_seconds(lambda: target.copy_(source, non_blocking=True), device)
+
+
+def _link_rates() -> tuple[float, float, float]:
+    """(host to device, device to host) bytes per second alone, and what both reach together in units of one."""
+    host_in, host_out = (torch.frombuffer(mmap.mmap(-1, _FILE_BYTES), dtype=torch.float32) for _ in range(2))
+    there_in, there_out = (torch.ones(_FILE_BYTES // 4, device="cuda") for _ in range(2))
+    with _page_locked(host_in), _page_locked(host_out):
+        return _rates_of(host_in, host_out, there_in, there_out)
+
+
+@contextmanager
+def _page_locked(tensor: Tensor) -> Iterator[None]:
+    """As the run's own buffers are. PyTorch's pinned allocator would keep the memory for the rest of the process."""
+    cudart = torch.cuda.cudart()
+    locked = int(cudart.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)) == 0
+    try:
+        yield  # at pageable rates where the system refuses: a run says so when it reserves its own
+    finally:
+        if locked:
+            cudart.cudaHostUnregister(tensor.data_ptr())
+
+
+def _rates_of(host_in: Tensor, host_out: Tensor, there_in: Tensor, there_out: Tensor) -> tuple[float, float, float]:
+    h2d, d2h = _copy_rate(host_in, there_in), _copy_rate(there_out, host_out)
+    streams = torch.cuda.Stream(), torch.cuda.Stream()
+
+    def both() -> None:
+        for stream, target, source in zip(streams, (there_in, host_out), (host_in, there_out), strict=True):
+            with torch.cuda.stream(stream):
+                target.copy_(source, non_blocking=True)
+
+    seconds = _best_seconds(both, "cuda")
+    return h2d, d2h, _duplex(_FILE_BYTES / h2d + _FILE_BYTES / d2h, seconds)
+
+
+def _duplex(alone: float, together: float) -> float:
+    """Seconds of two transfers one after the other over seconds of both at once, within what is possible."""
+    return min(2.0, max(1.0, alone / together))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _adamw_rate() -> float:
+    """Parameters per second of torch's fused AdamW on float32, with one thread."""
     parameter = torch.nn.Parameter(torch.ones(4 << 20))
     parameter.grad = torch.full_like(parameter, 1e-3)
     optimizer = torch.optim.AdamW([parameter], fused=True)
-    return parameter.numel() / _best_seconds(optimizer.step)
+    with _one_thread():
+        return parameter.numel() / _best_seconds(optimizer.step)
 
 
-_SLOW_DRIVE = (2.0e9, 1.0e9)
+def cxl_nodes(nodes: Path = Path("/sys/devices/system/node")) -> dict[int, int]:
+    """Bytes of memory by NUMA node that has memory and no CPUs: CXL cards and the like."""
+    found = {}
+    for node in nodes.glob("node[0-9]*"):
+        try:
+            cpus, total = (node / "cpulist").read_text().strip(), (node / "meminfo").read_text()
+        except OSError:
+            continue
+        kib = next((int(line.split()[3]) for line in total.splitlines() if "MemTotal" in line), 0)
+        if not cpus and kib:
+            found[int(node.name[4:])] = kib * 1024
+    return dict(sorted(found.items()))
 
 
-def _drive_rates(directory: Path) -> tuple[float, float, str]:
-    """(read, write) bytes per second of the file system at `directory`, and how they were found."""
+_SLOW_DRIVE = (2.0e9, 1.0e9, 1.0)
+
+
+def _drive_rates(directory: Path) -> tuple[float, float, float, str]:
+    """(read, write) bytes per second of the file system at `directory` alone, both together, and how it was found."""
     try:
         descriptor, name = tempfile.mkstemp(prefix=".offload-probe-", dir=directory)
     except OSError as error:
@@ -221,28 +328,52 @@ def _drive_rates(directory: Path) -> tuple[float, float, str]:
                 raise
             direct, file = 0, os.open(name, os.O_RDWR)
         try:
-            blocks, write = _transfer(file, _FILE_BYTES // _BLOCK, os.pwrite)
+            blocks, write = _transfer(file, range(_FILE_BYTES // _BLOCK), _write)
+            os.fsync(file)
             if not direct and hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-            _, read = _transfer(file, blocks, lambda f, buffer, offset: os.preadv(f, [buffer], offset))
+            _, read = _transfer(file, range(blocks), _read)
+            duplex = _together(file, blocks, read, write)
         finally:
             os.close(file)
     except OSError as error:
         return *_SLOW_DRIVE, f"assumed: measuring at {directory} failed ({error.strerror})"
     finally:
         os.unlink(name)
-    return read, write, "measured with O_DIRECT" if direct else "measured through the page cache: no O_DIRECT here"
+    how = "measured with O_DIRECT" if direct else "measured through the page cache: no O_DIRECT here"
+    return read, write, duplex, how
 
 
-def _transfer(file: int, blocks: int, move: Callable[[int, mmap.mmap, int], int]) -> tuple[int, float]:
-    """Move up to `blocks` blocks, `_QUEUE` at a time, and sync; returns the blocks moved and bytes per second."""
+def _write(file: int, buffer: mmap.mmap, offset: int) -> int:
+    return os.pwrite(file, buffer, offset)
+
+
+def _read(file: int, buffer: mmap.mmap, offset: int) -> int:
+    return os.preadv(file, [buffer], offset)
+
+
+def _together(file: int, blocks: int, read: float, write: float) -> float:
+    """What reads of one half of the file and writes of the other reach at once, in units of either alone."""
+    half = blocks // 2
+    if not half:
+        return 1.0
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [
+            pool.submit(_transfer, file, range(half), _read), pool.submit(_transfer, file, range(half, blocks), _write),
+        ]  # fmt: skip
+        (_, reading), (_, writing) = [job.result() for job in jobs]
+    return min(2.0, max(1.0, reading / read + writing / write))
+
+
+def _transfer(file: int, blocks: range, move: Callable[[int, mmap.mmap, int], int]) -> tuple[int, float]:
+    """Move up to all `blocks`, `_QUEUE` at a time, and sync; returns how many were moved and bytes per second."""
     buffers = [mmap.mmap(-1, _BLOCK) for _ in range(_QUEUE)]
     for buffer in buffers:
         buffer.write(os.urandom(4096) * (_BLOCK // 4096))  # a drive that compresses must not look fast
     begin, moved = time.perf_counter(), 0
     with ThreadPoolExecutor(_QUEUE) as pool:
-        while moved < blocks and time.perf_counter() - begin < _DRIVE_SECONDS:
-            batch = range(moved, min(moved + _QUEUE, blocks))
+        while moved < len(blocks) and time.perf_counter() - begin < _DRIVE_SECONDS:
+            batch = blocks[moved : moved + _QUEUE]
             sizes = list(pool.map(lambda i: move(file, buffers[i % _QUEUE], i * _BLOCK), batch))
             if any(size != _BLOCK for size in sizes):
                 raise OSError(errno.EIO, "short transfer")

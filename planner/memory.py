@@ -6,35 +6,45 @@ is the traced peak of one micro-batch times `FRAMEWORK_MARGIN`, the one place wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 
-from offload.planner.plan import Buffers, UnitProfile, Workload
+from offload.planner.choice import ROLES_OF, Choice, Role, UnitChoice, nothing_in_ram, swaps
+from offload.planner.plan import TIERS, Buffers, UnitProfile, Workload, ZerothOrder
 
 PAGE = 4096
 MIB = 1 << 20
 
 STAGING_BYTES = 8 * MIB
 STAGING_COUNT = 4
+STAGING_IN_PLACE = (2, 4 * MIB)  # count and bytes (a block of the store) where the store reads into slots and no
+# activations go to it
 CHUNK_ELEMENTS = 2 * MIB  # elements of one optimizer chunk
 CHUNK_BYTES_PER_ELEMENT = 16  # param, master, both moments, gradient
 UPDATE_COUNT = 3  # read ahead, update, write behind
-PROGRAM_BYTES = 64 * MIB  # interpreter objects, thread stacks, tape and request objects of the run itself
+# What a run's process has beyond its footprint when all buffers and tensors are gone: kernels that oneDNN compiled and
+# their scratch, modules imported late, threads' stacks and heaps, objects of tape, trace and requests. 32 to 47 MiB in
+# four families, bfloat16 and float32.
+PROGRAM_BYTES = 48 * MIB
 STRIPE_BYTES = 8 * MIB  # the store's stripe: each path may hold one more than its exact share
 
 # The traced peak of a unit was compared with the real one (resident memory, its maximum reset before each pass) for
 # llama, qwen3, gemma3, gpt2, gpt-neox and qwen3-moe, hidden 256 to 4096, 256 to 2048 tokens, bfloat16 and float32 on
-# the CPU. Real minus traced was 2 to 25 MB, the larger part a constant: oneDNN keeps code and scratch for every shape
-# it has seen (about 0.7 MB each in bfloat16). What remained was at most 5 %. Two conditions, which the engine sets up:
-# - glibc gives tensors of MMAP_THRESHOLD bytes and more back at once (mallopt M_MMAP_THRESHOLD and M_TRIM_THRESHOLD;
-#   the default, which adapts, took up to 4 times the traced peak through fragmentation);
+# the CPU: what the kernels' own code and scratch did not explain was at most 5 %. Conditions, which the engine sets up:
+# - glibc maps tensors of MMAP_THRESHOLD bytes and more one by one and gives them back at once. At 1 MiB the fresh pages
+#   of a 271M model's step cost 0.9 M page faults and 1.6 s of the kernel's time, at 4 MiB 0.08 M and 0.5 s;
+# - what smaller ones leave free in the heap is kept within HEAP_KEEPS when a pass begins (`offload.heap`); holes of the
+#   pass itself add as much again at most;
 # - oneDNN's caches hold at most KERNEL_CACHE_CAPACITY shapes (ONEDNN_PRIMITIVE_CACHE_CAPACITY, LRU_CACHE_CAPACITY;
-#   without them, experts' ever new shapes grew to 0.9 GB).
+#   without them, experts' ever new shapes grew to 0.9 GB), part of PROGRAM_BYTES.
 # CUDA's numbers are not measured yet: the caching allocator rounds blocks up, and cuBLAS keeps a workspace.
-MMAP_THRESHOLD = 1 * MIB
+MMAP_THRESHOLD = 4 * MIB
+HEAP_KEEPS = 16 * MIB
 KERNEL_CACHE_CAPACITY = 32
 FRAMEWORK_MARGIN = {"cpu": 1.05, "cuda": 1.10}
-FRAMEWORK_FIXED = {("cpu", "bfloat16"): 40 * MIB, ("cpu", "float32"): 16 * MIB}
-FRAMEWORK_FIXED |= {("cuda", "bfloat16"): 64 * MIB, ("cuda", "float32"): 64 * MIB}
+FRAMEWORK_FIXED = {"cpu": 2 * HEAP_KEEPS, "cuda": 64 * MIB}
+# Noise and float32 copies of the pieces of weights that are perturbed or updated at one time (offload/zo_pieces.py).
+ZO_SCRATCH = {"cpu": 16 * MIB, "cuda": 32 * MIB}
 
 
 def round_up(nbytes: int, multiple: int = PAGE) -> int:
@@ -43,20 +53,28 @@ def round_up(nbytes: int, multiple: int = PAGE) -> int:
 
 
 def weight_bytes(unit: UnitProfile, w: Workload) -> int:
-    """The unit's trainable and frozen weights in the compute dtype."""
+    """The unit's trainable and frozen weights in the compute dtype; zeroth-order: its slot, any form of them fits."""
+    if w.zo:
+        stored = sum(n for role, n in home_bytes(unit, w).items() if role != "frozen")
+        return max(stored, round_up(unit.trainable * w.itemsize)) + unit.frozen * w.itemsize
     return (unit.trainable + unit.frozen) * w.itemsize
 
 
 def gradient_bytes(unit: UnitProfile, w: Workload) -> int:
     """One step's summed gradient of the unit."""
-    return unit.trainable * w.gradient_itemsize
+    return 0 if w.zo else unit.trainable * w.gradient_itemsize
 
 
 def home_bytes(unit: UnitProfile, w: Workload) -> dict[str, int]:
     """Bytes by role of the unit's state in its home (RAM, or one side of its store extents); each buffer whole pages.
 
-    Roles: param, frozen, master (bfloat16 only: the low half of the float32 value), exp_avg, exp_avg_sq.
+    Roles: param, frozen, master (bfloat16 only: the low half of the float32 value), exp_avg, exp_avg_sq. Zeroth-order
+    runs store what `ZerothOrder.roles` says.
     """
+    if w.zo:
+        sizes = {role: -(-unit.trainable * nbytes // per) for role, nbytes, per, _ in w.zo.roles}
+        sizes["frozen"] = unit.frozen * w.itemsize
+        return {role: round_up(n) for role, n in sizes.items() if n}
     sizes = {"param": unit.trainable * w.itemsize, "frozen": unit.frozen * w.itemsize}
     if w.dtype == "bfloat16":
         sizes["master"] = unit.trainable * 2
@@ -69,26 +87,41 @@ def gradient_home(unit: UnitProfile, w: Workload) -> int:
     return round_up(gradient_bytes(unit, w)) if w.clipping else 0
 
 
+def item_bytes(unit: UnitProfile, role: Role, w: Workload) -> int:
+    """Memory that a home of the unit's weights, optimizer state or waiting gradient takes.
+
+    Zeroth-order: all that is stored of a unit travels with its weights, and counts as them.
+    """
+    if role == "gradient":
+        return gradient_home(unit, w)
+    home = home_bytes(unit, w)
+    if w.zo:
+        return sum(home.values()) if role == "weights" else 0
+    return sum(home.get(name, 0) for name in ROLES_OF[role])
+
+
 def store_bytes(unit: UnitProfile, w: Workload) -> int:
     """Bytes of the unit's durable extents: two sides of everything that is updated, one of what is frozen."""
-    return sum(n if role == "frozen" else 2 * n for role, n in home_bytes(unit, w).items())
+    once = {"frozen"} | {role for role, _, _, written in (w.zo.roles if w.zo else ()) if not written}
+    return sum(n if role in once else 2 * n for role, n in home_bytes(unit, w).items())
 
 
 def is_large(unit: UnitProfile, w: Workload) -> bool:
     """Whether the unit is streamed through the "large" slot because a block slot is too small for its weights."""
-    return unit.kind != "resident" and weight_bytes(unit, w) > _block_slot(w)
+    return unit.kind != "resident" and unit.trainable + unit.frozen > w.widest_block
 
 
-def _block_slot(w: Workload) -> int:
-    return max((weight_bytes(u, w) for u in w.units if u.kind in ("block", "other")), default=0)
-
-
-def reserve(w: Workload, block_slots: int = 2) -> tuple[Buffers, ...]:
+def reserve(w: Workload, block_slots: int = 2, choice: Choice | None = None) -> tuple[Buffers, ...]:
     """The buffers reserved at start-up, homes not included. Names that need no bytes are left out.
 
     weights.block, weights.large, gradients.block, gradients.large, gradients.held/<unit> (one per held unit), resident
-    in the gpu tier; staging, landing, update in the cpu tier. A unit uses the "large" slots exactly if `is_large`.
+    in the gpu tier; staging, landing (cuda only), update in the cpu tier. A unit uses the "large" slots exactly if
+    `is_large`.
+    With activations off the device also activations.cpu, .cxl, .nvme (all such bytes alive at once) and
+    activations.staging (gpu: the largest (unit, micro-batch) on its way back; one in use, one prefetched).
     """
+    if w.zo:
+        return _reserve_zeroth_order(w, w.zo, block_slots)
     streamed = [u for u in w.units if u.kind != "resident"]
     large = [u for u in streamed if is_large(u, w)]
     small = [u for u in streamed if not is_large(u, w)]
@@ -111,37 +144,135 @@ def reserve(w: Workload, block_slots: int = 2) -> tuple[Buffers, ...]:
         Buffers("gradients.large", "gpu", 1, widest(unheld(large), gradient_bytes)),
         *(Buffers(f"gradients.held/{u.name}", "gpu", 1, round_up(gradient_bytes(u, w))) for u in streamed if u.held),
         Buffers("resident", "gpu", 1, resident),
-        Buffers("staging", "cpu", STAGING_COUNT, STAGING_BYTES),
-        Buffers("landing", "cpu", 1, round_up(4 * most_trainable)),
+        Buffers("staging", "cpu", *_staging(w, choice)),
+        # On a CPU the gradient slots are host memory themselves.
+        *([Buffers("landing", "cpu", 1, round_up(most_trainable * w.gradient_itemsize))] if w.device == "cuda" else []),
         Buffers("update", "cpu", UPDATE_COUNT, CHUNK_BYTES_PER_ELEMENT * chunk),
     ]
+    if choice is not None:
+        pairs = list(zip(w.units, choice.units, strict=True))
+        buffers += [
+            Buffers(f"activations.{tier}", tier, 1, sum(away_bytes(u, c, tier, w) for u, c in pairs))
+            for tier in ("cpu", "cxl", "nvme")
+        ]
+        coming_back = max((round_up(per_micro_batch_away(u, c, w)) for u, c in pairs), default=0)
+        buffers.append(Buffers("activations.staging", "gpu", 2, coming_back))
     return tuple(b for b in buffers if b.nbytes)
 
 
-def activation_bytes(w: Workload) -> int:
-    """Boundary activations and shared tensors of all micro-batches at the end of forward."""
-    return w.micro_batches * (sum(u.boundary_bytes for u in w.units) + w.shared_bytes)
+def _staging(w: Workload, choice: Choice | None) -> tuple[int, int]:
+    stores = choice is not None and any(c.boundary == "nvme" or c.swap_nvme for c in choice.units)
+    return STAGING_IN_PLACE if w.device == "cpu" and not stores else (STAGING_COUNT, STAGING_BYTES)
 
 
-def framework_bytes(w: Workload) -> int:
-    """The framework's temporaries beyond `activation_bytes`, at their largest over the step.
+def store_staging(w: Workload) -> int:
+    """Bytes of staging that activations on their way to the store add."""
+    count, nbytes = STAGING_IN_PLACE
+    return STAGING_COUNT * STAGING_BYTES - count * nbytes if w.device == "cpu" else 0
 
-    Of the units' workspaces in backward, each with the boundary gradients of all micro-batches that exist beside it
-    (one more than M: a unit's input gradient is made before its output gradient goes), and in forward, where the
-    boundaries of later units do not exist yet, so that only what exceeds them counts.
+
+def _reserve_zeroth_order(w: Workload, zo: ZerothOrder, block_slots: int) -> tuple[Buffers, ...]:
+    """Slots that any unit fits into, perturbed leftovers included, and a copy of those for each forward under way."""
+    leftovers = [u for u in w.units if u.kind == "resident"]
+    buffers = (
+        Buffers("weights.block", "gpu", block_slots, round_up(max((weight_bytes(u, w) for u in w.units), default=0))),
+        Buffers("resident", "gpu", 1, zo.together * sum(round_up(weight_bytes(u, w)) for u in leftovers)),
+        Buffers("staging", "cpu", STAGING_COUNT, STAGING_BYTES),
+        Buffers("update", "cpu", UPDATE_COUNT, STAGING_BYTES),
+    )
+    return tuple(b for b in buffers if b.nbytes)
+
+
+def away_bytes(unit: UnitProfile, c: UnitChoice, tier: str, w: Workload) -> int:
+    """Bytes of all micro-batches' activations of the unit that wait in `tier`, each piece in whole pages."""
+    boundary = w.micro_batches * round_up(unit.boundary_bytes) if c.boundary == tier else 0
+    share = c.swapped.get(tier, 0.0)
+    swapping = w.micro_batches - round(c.recompute * w.micro_batches)
+    if not share or unit.kept or not swapping:
+        return boundary
+    # a page more for every tensor, since pieces begin on pages
+    return boundary + swapping * (round_up(round(share * w.micro_batches / swapping * unit.saved_bytes))
+                                  + PAGE * len(unit.saved))  # fmt: skip
+
+
+def per_micro_batch_away(unit: UnitProfile, c: UnitChoice, w: Workload) -> int:
+    """Bytes of one micro-batch of the unit that come back to the device for its backward."""
+    boundary = unit.boundary_bytes if c.boundary != "gpu" else 0
+    swapping = w.micro_batches - round(c.recompute * w.micro_batches)
+    if not swaps(c) or unit.kept or not swapping:
+        return boundary
+    share = sum(c.swapped.values()) * w.micro_batches / swapping
+    return boundary + round(share * unit.saved_bytes) + PAGE * len(unit.saved)
+
+
+def kept_workspace(unit: UnitProfile) -> int:
+    """Peak bytes of the framework in a backward of the unit that runs nothing again."""
+    return unit.workspace_kept or max(0, unit.workspace_backward - unit.saved_bytes)
+
+
+def kept_bytes(unit: UnitProfile, c: UnitChoice, w: Workload) -> int:
+    """What of the unit's saved tensors stays on the device from forward to backward, all micro-batches."""
+    return 0 if unit.kept else round(c.keep * w.micro_batches * unit.saved_bytes)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Bytes on the device that come and go, while one unit runs: what waits for backward, and the framework's own."""
+
+    unit: int
+    backward: bool
+    activations: int
+    framework: int
+
+
+def moments(w: Workload, choice: Choice) -> Iterator[Moment]:
+    """The device's changing bytes at every unit, forward and backward, in order.
+
+    Activations are those made so far and not yet used. The framework's part is the unit's traced workspace with the
+    boundary gradients of all micro-batches that exist beside it (one more than M: a unit's input gradient is made
+    before its output gradient goes). What autograd saves of one micro-batch is part of the traced workspace of backward
+    where it is made there, by running again; where it is on its way out, that of two is beside the forward's.
+
+    Zeroth-order: nothing waits for a backward, so each pass under way holds what enters and what leaves one unit.
     """
-    if not w.units:
-        return FRAMEWORK_FIXED[w.device, w.dtype]
-    m = w.micro_batches
-    per_visit = [u.boundary_bytes // max(1, u.visits) for u in w.units]
-    boundary_gradients = (m + 1) * max(per_visit)
-    backward = max(u.workspace_backward for u in w.units) + boundary_gradients
-    forward = max(u.workspace_forward for u in w.units)
-    return round(max(backward, forward) * FRAMEWORK_MARGIN[w.device]) + FRAMEWORK_FIXED[w.device, w.dtype]
+    m, units = w.micro_batches, list(zip(w.units, choice.units, strict=True))
+    fixed = FRAMEWORK_FIXED[w.device]
+    shared = m * w.shared_bytes
+
+    def framework(nbytes: int) -> int:
+        return round(nbytes * FRAMEWORK_MARGIN[w.device]) + fixed
+
+    widest = max((u.boundary_bytes // max(1, u.visits) for u in w.units), default=0)
+    if w.zo:
+        passing = m * w.zo.together * (2 * widest + w.shared_bytes)
+        for i, unit in enumerate(w.units):
+            workspace = max(unit.workspace_forward, unit.workspace_backward)
+            yield Moment(i, False, passing, framework(workspace) + ZO_SCRATCH[w.device])
+        return
+
+    waiting = [
+        kept_bytes(u, c, w) + (m * u.boundary_bytes if c.boundary == "gpu" else 0) for u, c in units
+    ]
+    alive = shared
+    for i, (unit, c) in enumerate(units):
+        alive += waiting[i]
+        yield Moment(i, False, alive, framework(unit.workspace_forward + 2 * unit.saved_bytes * swaps(c)))
+
+    def backward(i: int) -> Moment:
+        unit, c = units[i]
+        workspace = unit.workspace_backward if c.recompute or unit.kept else kept_workspace(unit)
+        return Moment(i, True, alive, framework(workspace + (m + 1) * widest))
+
+    # The last visit runs backward from the loss while everything waits; a unit visited again frees nothing before.
+    yield from (backward(i) for i, unit in enumerate(w.units) if unit.kept)
+    for i in range(len(units) - 1, -1, -1):
+        if not units[i][0].kept:
+            yield backward(i)
+            alive -= waiting[i] if units[i][0].visits == 1 else 0
 
 
 def lower_bound(w: Workload) -> int:
-    """The least any layout of the device arena needs: one unit's weights and gradient beside what lives all through."""
+    """The least any plan needs on the device: one unit's weights and gradient beside what lives all through."""
     always = sum(weight_bytes(u, w) + gradient_bytes(u, w) for u in w.units if u.kind == "resident")
     always += sum(gradient_bytes(u, w) for u in w.units if u.held and u.kind != "resident")
     return always + max(
@@ -151,36 +282,33 @@ def lower_bound(w: Workload) -> int:
 
 
 def peaks(
-    w: Workload,
-    buffers: Collection[Buffers],
-    state_in_ram: Collection[int] = (),
-    gradients_in_ram: Collection[int] = (),
-    nvme_paths: int = 1,
+    w: Workload, buffers: Collection[Buffers], choice: Choice | None = None, nvme_paths: int = 1
 ) -> dict[str, dict[str, int]]:
-    """Peak bytes by tier and category. The index sets name the units with state, and with gradients, in RAM.
+    """Peak bytes by tier and category; without a choice, of the one that needs least.
 
     On device "cpu" the cpu tier has a category "device": everything of the gpu tier, which is then RAM.
     """
-    gpu: dict[str, int] = {}
-    cpu: dict[str, int] = {}
+    choice = choice or nothing_in_ram(w)
+    found: dict[str, dict[str, int]] = {tier: {} for tier in TIERS}
     for b in buffers:
-        tier = gpu if b.tier == "gpu" else cpu
-        category = b.name.split(".")[0]
-        tier[category] = tier.get(category, 0) + b.total
-    gpu["activations"] = activation_bytes(w)
-    gpu["framework"] = framework_bytes(w)
+        category = "swapped activations" if b.name.startswith("activations.") else b.name.split(".")[0]
+        found[b.tier][category] = found[b.tier].get(category, 0) + b.total
+    gpu, cpu, nvme = found["gpu"], found["cpu"], found["nvme"]
+    worst = max(moments(w, choice), key=lambda moment: moment.activations + moment.framework, default=None)
+    gpu["activations"] = worst.activations if worst else 0
+    gpu["framework"] = worst.framework if worst else FRAMEWORK_FIXED[w.device]
     cpu["program"] = PROGRAM_BYTES
-    cpu["state"] = sum(sum(home_bytes(w.units[i], w).values()) for i in state_in_ram)
-    cpu["gradient homes"] = sum(gradient_home(w.units[i], w) for i in gradients_in_ram)
+    homes: tuple[tuple[str, Role], ...] = (("state", "weights"), ("state", "state"), ("gradient homes", "gradient"))
+    for tier in ("cpu", "cxl"):
+        for category, role in homes:
+            nbytes = sum(
+                item_bytes(u, role, w) for u, c in zip(w.units, choice.units, strict=True) if c.tier(role) == tier
+            )
+            found[tier][category] = found[tier].get(category, 0) + nbytes
     if w.device == "cpu":
         cpu["device"] = sum(gpu.values())
-    nvme = {
-        "state": sum(store_bytes(u, w) for u in w.units),
-        # reserved wherever gradients wait today, so that a run can go on with another RAM budget
-        "gradients": sum(gradient_home(u, w) for u in w.units),
-    }
+    nvme["state"] = sum(store_bytes(u, w) for u in w.units)
+    # reserved wherever gradients wait today, so that a run can go on with another RAM budget
+    nvme["gradients"] = sum(gradient_home(u, w) for u in w.units)
     nvme["striping"] = STRIPE_BYTES * nvme_paths if nvme_paths > 1 else 0
-    return {
-        tier: {category: n for category, n in sizes.items() if n}
-        for tier, sizes in {"gpu": gpu, "cpu": cpu, "cxl": {}, "nvme": nvme}.items()
-    }
+    return {tier: {category: n for category, n in sizes.items() if n} for tier, sizes in found.items()}

@@ -1,240 +1,143 @@
-"""Which units' state and waiting gradients live in RAM: greedy by prefix, and the knapsack as a MIP.
+"""Where weights, optimizer state and waiting gradients live: fixed orders to fill memory in, the greedy way.
 
-Everything durable also has its extents in the store; a home in RAM saves the traffic. Both solvers minimise the step
-time of `timing.estimate` under the bytes of RAM (and of NVMe, which unplaced gradients spill to) that are left.
+Everything durable also has its extents in the store; a home in RAM or CXL memory saves the traffic.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
-from offload.planner.memory import gradient_home, home_bytes
-from offload.planner.plan import Hardware, UnitProfile, Workload
-from offload.planner.timing import (
-    Estimate,
-    Step,
-    Traffic,
-    estimate,
-    lanes,
-    stage_resources,
-    unit_step,
-    whole_step,
-)
+from offload.planner.choice import Choice, Role
+from offload.planner.memory import item_bytes, peaks, reserve
+from offload.planner.plan import Budgets, Buffers, Hardware, Workload
+from offload.planner.timing import Estimate, estimate, whole_step
 
-Item = tuple[int, str]  # (unit index, "state" | "gradient")
+Item = tuple[int, Role]
+ROLES: tuple[Role, ...] = ("weights", "state", "gradient")
+# What the optimizer works on stays in RAM while it can: weights, which are only streamed, go to CXL memory first.
+ROLES_FOR_CXL: tuple[Role, ...] = ("weights", "gradient", "state")
+TOUCHED: tuple[Role, ...] = ("gradient", "state")
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Indices of the units whose state, and whose waiting gradients, live in RAM."""
+class Problem:
+    """What is to be decided: a workload on a machine within budgets, with a number of block slots."""
 
-    state: frozenset[int] = frozenset()
-    gradients: frozenset[int] = frozenset()
+    w: Workload
+    hw: Hardware
+    budgets: Budgets
+    block_slots: int = 2
+
+    def buffers(self, choice: Choice) -> tuple[Buffers, ...]:
+        """What the engine reserves for the choice."""
+        return reserve(self.w, self.block_slots, choice)
+
+    def categories(self, choice: Choice) -> dict[str, dict[str, int]]:
+        """Peak bytes by tier and category."""
+        return peaks(self.w, self.buffers(choice), choice, len(self.budgets.nvme))
+
+    def peak(self, choice: Choice) -> dict[str, int]:
+        """Peak bytes by tier."""
+        return {tier: sum(sizes.values()) for tier, sizes in self.categories(choice).items()}
+
+    @cached_property
+    def limit(self) -> dict[str, int]:
+        """Budget by tier."""
+        return self.budgets.by_tier()
+
+    def room(self, choice: Choice) -> dict[str, int]:
+        """Bytes left by tier; negative where the choice does not fit."""
+        peak = self.peak(choice)
+        return {tier: self.limit[tier] - peak[tier] for tier in peak}
+
+    def estimate(self, choice: Choice) -> Estimate:
+        """The two-stage estimate of the choice."""
+        return estimate(self.w, self.hw, whole_step(self.w, self.hw, choice))
+
+    def score(self, choice: Choice) -> tuple[float, float, int]:
+        """Estimated seconds, then bytes over NVMe, then bytes in CXL memory that belong in RAM: the less the better."""
+        found = self.estimate(choice)
+        return found.step_seconds, found.nvme_bytes, self.misplaced(choice)
+
+    def misplaced(self, choice: Choice) -> int:
+        """Bytes in CXL memory that the optimizer works on, which wants them near."""
+        if not self.limit["cxl"]:
+            return 0
+        found = zip(self.w.units, choice.units, strict=True)
+        return sum(item_bytes(u, role, self.w) for u, c in found for role in TOUCHED if c.tier(role) == "cxl")
 
 
-@dataclass(frozen=True)
-class Solved:
-    """A choice with its predicted step, and how it was found."""
-
-    choice: Choice
-    estimate: Estimate
-    name: str
-    status: str
-    gap: float | None
-    seconds: float
-    notes: tuple[str, ...] = ()
-
-
-def item_bytes(item: Item, w: Workload) -> int:
-    """RAM that the item's home takes."""
-    unit = w.units[item[0]]
-    return gradient_home(unit, w) if item[1] == "gradient" else sum(home_bytes(unit, w).values())
-
-
-def everything(w: Workload) -> Choice:
-    """All homes in RAM."""
-    indices = frozenset(range(len(w.units)))
-    return Choice(indices, indices)
-
-
-def _orders(w: Workload) -> Iterator[list[Item]]:
-    """Fixed orders to fill RAM in. The longest prefix that fits only grows with RAM: more RAM never predicts slower."""
+def orders(w: Workload) -> Iterator[list[Item]]:
+    """Fixed orders to fill RAM in. The longest prefix that fits only grows with RAM."""
     backwards = range(len(w.units) - 1, -1, -1)
     blocks = [i for i in backwards if w.units[i].kind in ("block", "other")]
-    rest = [i for i in backwards if i not in set(blocks)]
+    rest = sorted(set(backwards) - set(blocks), key=lambda i: (home(i, w), -i))
     # small leftovers before the large embedding and head, so that a large one blocks nothing behind it
-    rest.sort(key=lambda i: item_bytes((i, "state"), w))
     for units in (blocks + rest, rest + blocks):
         gradients: list[Item] = [(i, "gradient") for i in units]
+        weights: list[Item] = [(i, "weights") for i in units]
         state: list[Item] = [(i, "state") for i in units]
-        yield gradients + state
-        yield state + gradients
-        yield [item for pair in zip(gradients, state, strict=True) for item in pair]
+        both = [item for pair in zip(weights, state, strict=True) for item in pair]
+        yield gradients + both
+        yield both + gradients
+        yield [x for trio in zip(gradients, weights, state, strict=True) for x in trio]
+        yield weights + gradients + state
+        yield gradients + state  # on device "cpu" weights are read into their slot, from RAM they are copied
 
 
-def _choice(items: Iterable[Item]) -> Choice:
-    chosen = list(items)
-    return Choice(
-        frozenset(i for i, what in chosen if what == "state"), frozenset(i for i, what in chosen if what == "gradient")
-    )
+def home(i: int, w: Workload) -> int:
+    """Bytes of the unit's weights and state."""
+    return item_bytes(w.units[i], "weights", w) + item_bytes(w.units[i], "state", w)
 
 
-def greedy(w: Workload, hw: Hardware, ram: int) -> Solved:
-    """The best of a few fixed orders, each filled as far as `ram` bytes allow.
-
-    Prefers the faster choice, then the one that moves fewer bytes over NVMe.
-    """
-    begin = time.perf_counter()
-    best: tuple[tuple[float, float], Choice, Estimate] | None = None
-    for order in _orders(w):
-        left, taken = ram, []
-        for item in order:
-            need = item_bytes(item, w)
-            if need > left:
-                break
-            left -= need
-            taken.append(item)
-        choice = _choice(taken)
-        predicted = estimate(w, hw, whole_step(w, choice.state, choice.gradients))
-        score = (predicted.step_seconds, predicted.nvme_bytes)
-        if best is None or score < best[0]:
-            best = (score, choice, predicted)
-    assert best is not None
-    return Solved(best[1], best[2], "greedy", "feasible", None, time.perf_counter() - begin)
+def fill(w: Workload, base: Choice, order: list[Item], room: Mapping[str, int]) -> Choice:
+    """`base` with the longest prefix of `order` that fits into RAM, and then into CXL memory what still fits there."""
+    units, left = list(base.units), room.get("cpu", 0)
+    for i, role in order:
+        if units[i].tier(role) != "nvme":
+            continue
+        need = item_bytes(w.units[i], role, w)
+        if need > left:
+            break
+        left -= need
+        units[i] = units[i].with_tier(role, "cpu")
+    return fill_cxl(w, replace(base, units=tuple(units)), order, room.get("cxl", 0), ROLES_FOR_CXL)
 
 
-@dataclass
-class _Group:
-    """Units that cost and save the same; solved by counts, so that 80 equal blocks are two integers."""
-
-    members: list[int]
-    state_bytes: int
-    gradient_bytes: int
-    state: Step  # how a step's traffic changes when the state of one member moves to RAM
-    gradient: Step
-
-
-def _difference(new: Step, old: Step) -> Step:
-    def minus(a: Traffic, b: Traffic) -> Traffic:
-        return Traffic(**{name: getattr(a, name) - getattr(b, name) for name in vars(a)})
-
-    return Step(minus(new.forward, old.forward), minus(new.backward, old.backward), new.state_in_ram - old.state_in_ram)
+def fill_cxl(w: Workload, base: Choice, order: list[Item], room: int, roles: Sequence[Role]) -> Choice:
+    """`base` with what it leaves on NVMe, of these roles one after the other, in `room` bytes of CXL memory."""
+    units = list(base.units)
+    for wanted in roles if room > 0 else ():
+        for i, role in order:
+            need = item_bytes(w.units[i], role, w)
+            if role == wanted and units[i].tier(role) == "nvme" and 0 < need <= room:
+                room -= need
+                units[i] = units[i].with_tier(role, "cxl")
+    return replace(base, units=tuple(units))
 
 
-def _groups(w: Workload) -> list[_Group]:
-    groups: dict[UnitProfile, _Group] = {}
-    for i, unit in enumerate(w.units):
-        key = replace(unit, name="", boundary_bytes=0, workspace_forward=0, workspace_backward=0)
-        if key not in groups:
-            base = unit_step(unit, w, False, False)
-            groups[key] = _Group(
-                [],
-                item_bytes((i, "state"), w),
-                item_bytes((i, "gradient"), w),
-                _difference(unit_step(unit, w, True, False), base),
-                _difference(unit_step(unit, w, False, True), base),
-            )
-        groups[key].members.append(i)
-    return list(groups.values())
+def top_up(p: Problem, choice: Choice) -> Choice:
+    """The choice with whatever else fits into RAM, in the first order: it spares the drive, and the optimizer CXL
+    memory."""
+    units, room = list(choice.units), p.room(choice)["cpu"]
+    for i, role in next(orders(p.w)):
+        need = item_bytes(p.w.units[i], role, p.w)
+        far = units[i].tier(role) == "nvme" or (role in TOUCHED and units[i].tier(role) == "cxl")
+        if far and need <= room:
+            room -= need
+            units[i] = units[i].with_tier(role, "cpu")
+    return replace(choice, units=tuple(units))
 
 
-def _fill(items: list[Item], w: Workload, ram: int) -> list[Item]:
-    """`items` and, in the first greedy order, whatever else fits: it costs no time and spares the drive."""
-    left = ram - sum(item_bytes(item, w) for item in items)
-    filled = set(items)
-    for item in next(_orders(w)):
-        if item not in filled and item_bytes(item, w) <= left:
-            left -= item_bytes(item, w)
-            filled.add(item)
-    return sorted(filled)
-
-
-class SolverFailed(Exception):
-    """The MIP gave no usable answer; the message says what the solver reported."""
-
-
-def mip(w: Workload, hw: Hardware, ram: int, time_limit: float = 10.0) -> Solved:
-    """The placement knapsack through PuLP (HiGHS if importable, else CBC); never worse than `greedy`.
-
-    Write-behind is priced only for a given commit interval ("auto" keeps it under a tenth of the step).
-    Raises SolverFailed when the solver crashes or ends with no incumbent.
-    """
-    import pulp
-
-    begin = time.perf_counter()
-    fallback = greedy(w, hw, ram)
-    groups = _groups(w)
-    base = whole_step(w, (), ())
-    scale = estimate(w, hw, base).step_seconds or 1.0  # step times in units of the worst, bytes in units of RAM
-    room = float(max(ram, 1))
-    problem = pulp.LpProblem("placement", pulp.LpMinimize)
-    state = [problem.add_variable(f"state_{g}", 0, len(x.members), "Integer") for g, x in enumerate(groups)]
-    gradient = [problem.add_variable(f"gradient_{g}", 0, len(x.members), "Integer") for g, x in enumerate(groups)]
-    times = {name: problem.add_variable(f"seconds_{name}", 0) for name in ("forward", "backward")}
-
-    behind = 0.0 if w.commit_every == "auto" else 0.5 / w.commit_every / hw.nvme_write
-
-    def seconds(step: Step, stage: str, names: list[str]) -> float:
-        lane = lanes(getattr(step, stage), w, hw)
-        lane["nvme_write"] += step.state_in_ram * behind
-        return sum(lane[name] for name in names) / scale
-
-    for stage, longest in times.items():
-        for names in stage_resources(w.device):
-            load = pulp.lpSum(
-                [seconds(x.state, stage, names) * state[g] for g, x in enumerate(groups)]
-                + [seconds(x.gradient, stage, names) * gradient[g] for g, x in enumerate(groups)]
-            ) + seconds(base, stage, names)
-            problem += longest >= load
-    used = [x.state_bytes / room * state[g] for g, x in enumerate(groups)]
-    used += [x.gradient_bytes / room * gradient[g] for g, x in enumerate(groups)]
-    problem += pulp.lpSum(used) <= ram / room
-    problem.setObjective(pulp.lpSum(times.values()))
-
-    gap = 1e-6
-    try:
-        solver = pulp.HiGHS(msg=False, timeLimit=time_limit, gapRel=gap)
-        if not solver.available():
-            solver = pulp.PULP_CBC_CMD(msg=False, timeLimit=time_limit, gapRel=gap)
-        problem.solve(solver)
-    except Exception as error:  # a solver is foreign code: whatever it raises, the greedy answer stands
-        raise SolverFailed(f"{type(error).__name__}: {error}") from error
-    # a time-out may report "Optimal" (then sol_status is 2), or leave values of no solution in the variables
-    if problem.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
-        raise SolverFailed(f"{pulp.LpStatus[problem.status]}, no solution within {time_limit:g} s")
-    optimal = problem.sol_status == pulp.LpSolutionOptimal
-    items: list[Item] = []
-    for g, x in enumerate(groups):
-        last_first = sorted(x.members, reverse=True)
-        items += [(i, "state") for i in last_first[: round(state[g].value() or 0)]]
-        items += [(i, "gradient") for i in last_first[: round(gradient[g].value() or 0)]]
-    items = _fill(items, w, ram)
-    choice = _choice(items)
-    predicted = estimate(w, hw, whole_step(w, choice.state, choice.gradients))
-    too_big = sum(item_bytes(item, w) for item in items) > ram  # a violation within the solver's tolerance
-    known = fallback.estimate
-    if too_big or (known.step_seconds, known.nvme_bytes) < (predicted.step_seconds, predicted.nvme_bytes):
-        choice, predicted = fallback.choice, fallback.estimate
-    status = "optimal" if optimal else "feasible"
-    return Solved(choice, predicted, "mip", status, gap if optimal else None, time.perf_counter() - begin)
-
-
-def place(w: Workload, hw: Hardware, ram: int, solver: str = "auto", time_limit: float = 10.0) -> Solved:
-    """Place by `solver`: "greedy", "mip", or "auto" (mip). A solver that fails falls back to greedy and says so."""
-    if solver not in ("auto", "mip", "greedy"):
-        raise ValueError(f"planner.solver is {solver!r}; accepted: auto, mip, greedy")
-    if solver == "greedy":
-        return greedy(w, hw, ram)
-    begin = time.perf_counter()
-    full = everything(w)
-    if sum(item_bytes((i, what), w) for i in full.state for what in ("state", "gradient")) <= ram:
-        best = greedy(w, hw, ram)  # nothing to choose
-        return replace(best, status="optimal", gap=0.0)
-    try:
-        return mip(w, hw, ram, time_limit)
-    except SolverFailed as error:
-        best = greedy(w, hw, ram)
-        note = f"solver: the MIP failed ({error}); the greedy placement is used"
-        return replace(best, status="fallback", seconds=time.perf_counter() - begin, notes=(note,))
+def fillings(p: Problem, base: Choice) -> list[Choice]:
+    """`base` with its homes placed in each of the fixed orders, as far as the budgets allow: RAM first and, where there
+    is CXL memory, also with the weights in it first."""
+    room, found = p.room(base), [base]
+    for order in orders(p.w):
+        found.append(fill(p.w, base, order, room))
+        if room["cxl"] > 0:
+            streamed = fill_cxl(p.w, base, order, room["cxl"], ("weights",))
+            found.append(fill(p.w, streamed, order, p.room(streamed)))
+    return found

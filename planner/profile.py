@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextvars
 import copy
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,9 @@ from offload.planner.plan import Profile, UnitCost
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+# The head's module, and what stands in for its logits: called with the head (of a copy of the model) and hidden states.
+Head = tuple[nn.Module, Callable[[Any, Tensor], Tensor]]
+
 
 def profile_model(
     model: nn.Module,
@@ -32,12 +36,18 @@ def profile_model(
     dtype: str | torch.dtype,
     device: str = "cpu",
     batch: Mapping[str, Tensor] | None = None,
+    backward: bool = True,
+    head: Head | None = None,
+    whole_rows: bool = False,
 ) -> Profile:
     """Profile one training micro-batch of `model`, whose parameters may be on meta; the model is not touched.
 
     `dtype` is what floating-point parameters are computed in; buffers keep their own. `batch` gives one micro-batch by
     example (shapes and dtypes count); by default input_ids and labels. Attention masks that a packed or padded batch
-    needs are counted. A model that cannot be traced is estimated from parameter shapes, with a note that says why.
+    needs are counted, unless all are `whole_rows`: one sequence each, from end to end. With `head`, the model's head
+    and what its loss does with the logits are traced as they run when computed together; if the model does not allow
+    that, a note says why. Without `backward` nothing is kept for one, and `workspace_backward` is that of the last unit
+    and the loss alone. A model that cannot be traced is estimated from parameter shapes, with a note that says why.
     """
     compute = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     notes: list[str] = []
@@ -48,7 +58,9 @@ def profile_model(
     reason = ""
     for experts in (None, "grouped_mm"):  # a loop over the experts that got tokens has no shapes to trace
         try:
-            found = _trace(model, units, compute, device, example, experts)
+            found = _trace(model, units, compute, device, example, experts, backward, whole_rows, None)
+            if head is not None:
+                found = _with_head(found, model, units, compute, device, example, experts, backward, whole_rows, head)
             return replace(found, notes=(*notes, *found.notes))
         except Exception as error:  # whatever a model's own code raises on fake tensors, a plan is still wanted
             reason = reason or f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
@@ -99,7 +111,7 @@ class _Input:
 
 
 @dataclass
-class _Tracer:
+class Tracer:
     """Stands at the boundaries of the fake model while its forward runs."""
 
     live: LiveBytes
@@ -111,6 +123,8 @@ class _Tracer:
     last: int = -1  # the visit that keeps its graph; unknown in the first pass
     kept: tuple[list[Any], list[Any]] = field(default_factory=lambda: ([], []))
     entry: int = 0  # live bytes when the last visit begins
+    head: Head | None = None  # of the copy
+    logits_bytes: int = 0  # of logits that something stood in for
 
     def visit(self, name: str, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         flat, spec = pytree.tree_flatten((args, kwargs))
@@ -118,12 +132,17 @@ class _Tracer:
             any(p.requires_grad for p in module.parameters())
             or any(isinstance(x, Tensor) and x.requires_grad for x in flat)
         )
-        key = _signature(module, flat, spec)
+        key = signature(module, flat, spec)
         if key not in self.traced:
-            self.traced[key] = self._measure(forward, flat, spec, differentiable)
+            self.traced[key] = self._measure(module, forward, flat, spec, differentiable)
         found = self.traced[key]
         number = len(self.visits)
         self.visits.append((name, found))
+        if number == self.last and self.head is not None and self.head[0] is module:
+            self.entry = self.live.mark()
+            logits = self.head[1](module, detach(flat[0], torch.is_grad_enabled()))
+            self.logits_bytes = logits.numel() * logits.element_size()
+            return logits
         if number == self.last:
             self.entry = self.live.mark()
             outputs = self._run(forward, flat, spec, differentiable)
@@ -140,7 +159,7 @@ class _Tracer:
 
     def _run(self, forward: Callable[..., Any], flat: list[Any], spec: pytree.TreeSpec, grad: bool) -> list[Any]:
         with torch.set_grad_enabled(grad):
-            args, kwargs = pytree.tree_unflatten([_detach(x, grad) for x in flat], spec)
+            args, kwargs = pytree.tree_unflatten([detach(x, grad) for x in flat], spec)
             return pytree.tree_leaves(forward(*args, **kwargs), is_leaf=lambda x: x is None)
 
     def _make(self, output: Any, flat: list[Any]) -> Any:
@@ -150,11 +169,13 @@ class _Tracer:
             return torch.empty_strided(output.shape, output.stride, dtype=output.dtype, device=self.device)
         return output
 
-    def _measure(self, forward: Callable[..., Any], flat: list[Any], spec: pytree.TreeSpec, grad: bool) -> _Traced:
+    def _measure(
+        self, module: nn.Module, forward: Callable[..., Any], flat: list[Any], spec: pytree.TreeSpec, grad: bool
+    ) -> _Traced:
         live, cost = self.live, UnitCost()
         start, flops = live.mark(), live.flops
         with torch.no_grad():
-            args, kwargs = pytree.tree_unflatten([_detach(x, False) for x in flat], spec)
+            args, kwargs = pytree.tree_unflatten([detach(x, False) for x in flat], spec)
             result = forward(*args, **kwargs)
         del args, kwargs
         outputs, out_spec = pytree.tree_flatten(result)
@@ -163,27 +184,66 @@ class _Tracer:
         cost.workspace_forward = live.peak - start
         cost.boundary_bytes = live.live - start  # what it returned, and what a collector took from inside it
         if grad:
-            cost.workspace_backward = self._measure_backward(forward, flat, spec, outputs)
+            self._measure_backward(module, forward, flat, spec, outputs, cost)
         storages = {x.untyped_storage()._cdata: i for i, x in enumerate(flat) if isinstance(x, Tensor)}
         returned = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in outputs if isinstance(x, Tensor)}
         own = sum(n for key, n in returned.items() if key not in storages)
-        return _Traced(cost, [_template(x, storages) for x in outputs], out_spec, cost.boundary_bytes > own)
+        return _Traced(cost, [template(x, storages) for x in outputs], out_spec, cost.boundary_bytes > own)
 
     def _measure_backward(
-        self, forward: Callable[..., Any], flat: list[Any], spec: pytree.TreeSpec, outputs: list[Any]
-    ) -> int:
+        self,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        flat: list[Any],
+        spec: pytree.TreeSpec,
+        outputs: list[Any],
+        cost: UnitCost,
+    ) -> None:
+        """Peak bytes of a recomputation with its backward, of the backward alone beside what autograd saved, and the
+        bytes of each tensor that it saved."""
         gradients = [torch.empty_like(x) if isinstance(x, Tensor) else None for x in outputs]
-        inputs = [_detach(x, True) for x in flat]
+        inputs = [detach(x, True) for x in flat]
         start = self.live.mark()
 
+        references = _storages([*inputs, *module.parameters(), *module.buffers()])
+        saved: dict[int, int] = {}
+
+        def pack(x: Tensor) -> Tensor:
+            storage = x.untyped_storage()
+            if storage._cdata not in references:
+                saved.setdefault(storage._cdata, storage.nbytes())
+            return x
+
         def run() -> None:
-            with torch.enable_grad():
+            hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+            with torch.enable_grad(), hooks:
                 args, kwargs = pytree.tree_unflatten(inputs, spec)
                 again = pytree.tree_leaves(forward(*args, **kwargs), is_leaf=lambda x: x is None)
-            _backward(again, gradients)
+            cost.workspace_backward = self.live.peak - start
+            before = self.live.mark()
+            backward(again, gradients)
+            cost.workspace_kept = self.live.peak - before
 
         contextvars.Context().run(run)  # an empty context: the model's output collector must not see the second run
-        return self.live.peak - start
+        cost.workspace_backward = max(cost.workspace_backward, self.live.peak - start)
+        cost.saved = tuple(saved.values())
+
+
+def _storages(values: list[Any]) -> set[int]:
+    return {x.untyped_storage()._cdata for x in values if isinstance(x, Tensor)}
+
+
+def _with_head(whole: Profile, *args: Any) -> Profile:
+    """The profile with head and loss computed together, or the one with logits whole and a note why."""
+    try:
+        found = _trace(*args)
+        reason = "" if found.logits_bytes else "the head is not the last unit"
+    except Exception as error:  # whatever the model's own code does with logits that were not computed
+        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+    if reason:
+        note = f"head: the model's own loss over whole logits is used, because {reason[:200]}"
+        return replace(whole, notes=(*whole.notes, note))
+    return found
 
 
 def _trace(
@@ -193,32 +253,42 @@ def _trace(
     device: str,
     example: Mapping[str, Tensor],
     experts: str | None,
+    with_backward: bool,
+    whole_rows: bool,
+    head: Head | None,
 ) -> Profile:
     live = LiveBytes()
     with ExitStack() as stack:
+        if whole_rows:
+            stack.enter_context(_not_packed())
         stack.enter_context(torch.random.fork_rng(devices=[]))
         fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         clone = _fake_copy(model, fake, compute, device)
+        if not with_backward:
+            clone.requires_grad_(False)
         if experts is not None:
             set_experts: Any = clone.set_experts_implementation  # a method of every model of the library
             set_experts(experts)
-        owners = _owners(model, clone, units)
+        owners = owners_of(model, clone, units)
         batch = {k: torch.empty(v.shape, dtype=v.dtype, device=device) for k, v in example.items()}
         live.ignore([*clone.parameters(), *clone.buffers(), *batch.values()])
         for p in clone.parameters():
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(_free_gradient)
         stack.enter_context(live)
-        first = _Tracer(live, device, owners)
-        with _boundaries(clone, first):
-            _loss(clone(**batch))
+        first = Tracer(live, device, owners)
+        with boundaries(clone, first):
+            loss_of(clone(**batch))
         if not first.visits:
             raise RuntimeError("the forward visited no unit")
         first.tape.clear()
-        second = _Tracer(live, device, owners, first.traced, last=len(first.visits) - 1)
+        second = Tracer(live, device, owners, first.traced, last=len(first.visits) - 1)
+        if head is not None:
+            names = {id(m): name for name, m in model.named_modules()}
+            second.head = clone.get_submodule(names[id(head[0])]), head[1]
         start = live.mark()
-        with _boundaries(clone, second):
-            loss = _loss(clone(**batch))
+        with boundaries(clone, second):
+            loss = loss_of(clone(**batch))
         if loss.requires_grad:
             loss.backward(retain_graph=True)
         del loss
@@ -226,13 +296,32 @@ def _trace(
         gradients = [x.grad if isinstance(x, Tensor) else None for x in leaves]
         second.kept = ([], [])
         del leaves
-        _backward(outputs, gradients)
+        backward(outputs, gradients)
         del outputs, gradients
         tail = live.peak - second.entry
     return _collect(units, second, tail, second.entry - start)
 
 
-def _collect(units: Sequence[UnitModules], tracer: _Tracer, tail: int, at_tail: int) -> Profile:
+@contextmanager
+def _not_packed() -> Iterator[None]:
+    """Take all rows for one sequence each.
+
+    transformers looks into position ids, its own too, to see whether rows are packed; into fake ones it cannot look,
+    and makes the mask of packed rows, [B, 1, S, S] bool, to be safe. Real position ids that go up by one need none.
+    """
+    masking: Any = sys.modules.get("transformers.masking_utils")
+    if masking is None:  # then the model makes its masks itself
+        yield
+        return
+    look = masking.find_packed_sequence_indices
+    masking.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking.find_packed_sequence_indices = look
+
+
+def _collect(units: Sequence[UnitModules], tracer: Tracer, tail: int, at_tail: int) -> Profile:
     """Sum the visits by unit. What lives at the last visit and is no unit's output lives around the units."""
     costs = {name: UnitCost() for name, _, _ in units}
     boundaries = 0
@@ -244,11 +333,16 @@ def _collect(units: Sequence[UnitModules], tracer: _Tracer, tail: int, at_tail: 
         if i == tracer.last:
             total.kept = True
             total.workspace_backward = max(total.workspace_backward, tail)
+            if tracer.logits_bytes:
+                total.workspace_forward = min(total.workspace_forward, tail)
         else:
             total.boundary_bytes += one.boundary_bytes
             boundaries += one.boundary_bytes
+            total.saved += one.saved
             total.workspace_backward = max(total.workspace_backward, one.workspace_backward)
-    return Profile(costs, max(0, at_tail - boundaries) + _shared_gradients(tracer.tape))
+            total.workspace_kept = max(total.workspace_kept, one.workspace_kept)
+    around = max(0, at_tail - boundaries) + _shared_gradients(tracer.tape)
+    return Profile(costs, around, logits_bytes=tracer.logits_bytes)
 
 
 def _shared_gradients(tape: list[list[Any]]) -> int:
@@ -280,14 +374,14 @@ def _fake_copy(model: nn.Module, fake: FakeTensorMode, compute: torch.dtype, dev
     return clone.train()
 
 
-def _owners(model: nn.Module, clone: nn.Module, units: Sequence[UnitModules]) -> dict[int, str]:
+def owners_of(model: nn.Module, clone: nn.Module, units: Sequence[UnitModules]) -> dict[int, str]:
     """The unit name of each boundary module of the copy, by id."""
     names = {id(m): name for name, m in model.named_modules()}
     return {id(clone.get_submodule(names[id(m)])): unit for unit, _, modules in units for m in modules}
 
 
 @contextmanager
-def _boundaries(clone: nn.Module, tracer: _Tracer) -> Iterator[None]:
+def boundaries(clone: nn.Module, tracer: Tracer) -> Iterator[None]:
     patched = [m for m in clone.modules() if id(m) in tracer.owners]
 
     def patch(module: nn.Module) -> None:
@@ -307,7 +401,7 @@ def _boundaries(clone: nn.Module, tracer: _Tracer) -> Iterator[None]:
             del module.forward
 
 
-def _loss(output: Any) -> Tensor:
+def loss_of(output: Any) -> Tensor:
     loss = getattr(output, "loss", None)
     if not isinstance(loss, Tensor):
         raise RuntimeError("the forward returns no loss")
@@ -319,7 +413,7 @@ def _free_gradient(p: Tensor) -> None:
     p.grad = None
 
 
-def _detach(x: Any, grad: bool) -> Any:
+def detach(x: Any, grad: bool) -> Any:
     return x.detach().requires_grad_(grad and x.requires_grad) if isinstance(x, Tensor) else x
 
 
@@ -327,14 +421,14 @@ def _leaf(x: Any, grad: bool) -> Any:
     return x.detach().requires_grad_(grad and x.is_floating_point()) if isinstance(x, Tensor) else x
 
 
-def _template(x: Any, inputs: Mapping[int, int]) -> Any:
+def template(x: Any, inputs: Mapping[int, int]) -> Any:
     if not isinstance(x, Tensor):
         return x
     index = inputs.get(x.untyped_storage()._cdata)
     return _Input(index) if index is not None else _Like(tuple(x.shape), x.stride(), x.dtype)
 
 
-def _backward(outputs: list[Any], gradients: list[Any]) -> None:
+def backward(outputs: list[Any], gradients: list[Any]) -> None:
     pairs = [
         (out, gradient)
         for out, gradient in zip(outputs, gradients, strict=True)
@@ -350,7 +444,7 @@ def _backward(outputs: list[Any], gradients: list[Any]) -> None:
 _SIMPLE = (bool, int, float, str, type(None))
 
 
-def _signature(module: nn.Module, flat: list[Any], spec: pytree.TreeSpec) -> Any:
+def signature(module: nn.Module, flat: list[Any], spec: pytree.TreeSpec) -> Any:
     """Equal exactly for unit passes that cannot differ in shapes or operators."""
     parts: list[Any] = [str(spec)]
     for m in module.modules():

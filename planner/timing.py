@@ -1,37 +1,120 @@
-"""Seconds of each lane and of a step, from bytes and rates: the two-stage estimate (the longest lane of each stage).
+"""What a step moves and computes, and the two-stage estimate of its seconds: the longest resource of each stage.
 
-Forward and backward are one stage each, and a stage takes as long as its busiest resource. Reads and writes of NVMe
-add up (half duplex fits published SSD systems better than full duplex). On device "cpu" compute, slot copies and the
-optimizer share the same cores and add up too. Latency of the first and last unit is not modelled.
+`Work` says what one unit asks of every lane; the simulator schedules it, the estimate only adds it up: forward and
+backward are one stage each, and a stage takes as long as its busiest resource. The estimate is what the MIP minimises
+and what a search can afford; the simulator's time is what is promised.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from offload.planner.memory import gradient_bytes, home_bytes, weight_bytes
-from offload.planner.plan import LANES, Hardware, UnitProfile, Workload
+from offload.planner.choice import Choice, UnitChoice
+from offload.planner.memory import away_bytes, gradient_bytes, home_bytes, item_bytes, weight_bytes
+from offload.planner.plan import LANES, Hardware, UnitProfile, Workload, ZerothOrder
 
-SPLIT_ADAMW_RATIO = 0.45  # rate of AdamW on the split bfloat16 state over that of fused float32 AdamW (0.8 / 1.9 G/s)
+# Standard normals that two CPU cores, or a GPU with torch's own operators, make (offload/zo_noise.py). The first was
+# measured on two cores; the second follows from about 600 bytes of traffic for each at 1 TB/s.
+NORMALS_PER_SECOND = {"cpu": 1.2e9, "cuda": 1.6e9}
 WRITE_BEHIND_SHARE = 0.1  # share of a step that writing RAM-resident state behind may take
+
+
+@dataclass(frozen=True)
+class Work:
+    """One unit's share of a step: bytes, parameters, and seconds of compute; per step unless it says per visit."""
+
+    forward_seconds: float  # all micro-batches and visits
+    backward_seconds: float  # recomputation included
+    fill: int  # bytes of weights copied into a slot, per visit; from NVMe they are read into it on device "cpu"
+    place: int  # bytes of new weights that an update copies into a slot
+    fill_read: int  # of them from NVMe
+    fill_cxl: int  # of them from CXL memory
+    state_read: int  # optimizer state from NVMe, without the weights
+    state_write: int  # everything an update writes to NVMe
+    behind: int  # bytes in RAM that a commit writes
+    updated: int  # parameters
+    state_cxl: int  # bytes between the optimizer and CXL memory, both ways, weights included
+    drain_seconds: float  # of the gradient's way out: copied to the host, its norm taken, copied to its home
+    gradient_nvme: int  # bytes spilled, and read again by the update
+    gradient_cxl: int
+    out_cpu: int  # activations to RAM: boundary and swapped, all micro-batches
+    out_cxl: int  # the same to CXL memory
+    out_nvme: int  # the same to NVMe, through host memory
+
+    @property
+    def out(self) -> int:
+        """Bytes of activations that leave the device."""
+        return self.out_cpu + self.out_cxl + self.out_nvme
+
+
+def compute_seconds(unit: UnitProfile, w: Workload, hw: Hardware) -> tuple[float, float]:
+    """(forward, backward) seconds of one micro-batch: as measured, else from its floating point operations."""
+    rate = hw.matrix_rate(w.dtype)
+    forward = unit.forward_seconds or unit.forward_flops / rate
+    return forward, unit.backward_seconds or 2 * unit.forward_flops / rate
+
+
+def accumulate_seconds(unit: UnitProfile, w: Workload, hw: Hardware) -> float:
+    """Seconds to add all micro-batches' gradients into the unit's slot; on CUDA they hide in device bandwidth."""
+    if w.device == "cuda":
+        return 0.0
+    read_and_written = w.itemsize + 2 * w.gradient_itemsize
+    return w.micro_batches * unit.trainable * read_and_written / (2 * hw.ram)
+
+
+def unit_work(unit: UnitProfile, c: UnitChoice, w: Workload, hw: Hardware) -> Work:
+    """What the unit asks of every lane under this choice."""
+    m = w.micro_batches
+    forward, backward = compute_seconds(unit, w, hw)
+    again = 0.0 if unit.kept or unit.kind == "resident" else c.recompute * forward
+    weights, gradient = weight_bytes(unit, w), gradient_bytes(unit, w)
+    stored = item_bytes(unit, "weights", w) if weights else 0
+    state = item_bytes(unit, "state", w)
+    updated_weights = stored if unit.trainable else 0
+    waits = w.clipping and unit.trainable > 0
+    on_nvme = (state if c.state == "nvme" else 0) + (updated_weights if c.weights == "nvme" else 0)
+    in_cxl = (state if c.state == "cxl" else 0) + (updated_weights if c.weights == "cxl" else 0)
+    on_cpu = w.device == "cpu"
+    drain = gradient / (2 * hw.ram) + (0.0 if on_cpu else gradient / hw.d2h)  # a norm reads, a copy reads and writes
+    if waits and c.gradient in ("cpu", "cxl"):
+        drain += gradient / hw.ram
+    return Work(
+        forward_seconds=m * forward,
+        backward_seconds=m * (backward + again) + accumulate_seconds(unit, w, hw),
+        fill=0 if on_cpu and c.weights == "nvme" else weights,
+        place=unit.trainable * w.itemsize,
+        fill_read=stored if c.weights == "nvme" else 0,
+        fill_cxl=stored if c.weights == "cxl" else 0,
+        state_read=state if c.state == "nvme" else 0,
+        state_write=on_nvme,
+        behind=state + updated_weights - on_nvme,
+        updated=unit.trainable,
+        state_cxl=2 * in_cxl,
+        drain_seconds=drain,
+        gradient_nvme=gradient if waits and c.gradient == "nvme" else 0,
+        gradient_cxl=gradient if waits and c.gradient == "cxl" else 0,
+        out_cpu=away_bytes(unit, c, "cpu", w),
+        out_cxl=away_bytes(unit, c, "cxl", w),
+        out_nvme=away_bytes(unit, c, "nvme", w),
+    )
 
 
 @dataclass
 class Traffic:
-    """Work of one stage in one step: floating point operations, parameters updated, bytes per lane."""
+    """Work of one stage in one step: seconds of compute, parameters updated, bytes per lane."""
 
-    flops: float = 0.0
-    updated: int = 0
+    compute: float = 0.0
+    updated: float = 0.0
     h2d: float = 0.0
     d2h: float = 0.0
     nvme_read: float = 0.0
     nvme_write: float = 0.0
+    cxl: float = 0.0
 
-    def add(self, other: Traffic) -> None:
+    def add(self, other: Traffic, factor: float = 1.0) -> None:
         for name in vars(other):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+            setattr(self, name, getattr(self, name) + factor * getattr(other, name))
 
 
 @dataclass
@@ -40,85 +123,133 @@ class Step:
 
     forward: Traffic = field(default_factory=Traffic)
     backward: Traffic = field(default_factory=Traffic)
-    state_in_ram: int = 0  # bytes that each commit writes
+    behind: float = 0.0  # bytes that each commit writes
 
-    def add(self, other: Step) -> None:
-        self.forward.add(other.forward)
-        self.backward.add(other.backward)
-        self.state_in_ram += other.state_in_ram
+    def add(self, other: Step, factor: float = 1.0) -> None:
+        self.forward.add(other.forward, factor)
+        self.backward.add(other.backward, factor)
+        self.behind += factor * other.behind
 
 
-def unit_step(unit: UnitProfile, w: Workload, state_in_ram: bool, gradient_in_ram: bool) -> Step:
-    """One unit's share of a step.
+def unit_step(unit: UnitProfile, c: UnitChoice, w: Workload, hw: Hardware) -> Step:
+    """One unit's share of a step, added up by stage.
 
-    With clipping the update runs at the next forward (its weight read there is the update's), else in backward.
+    With clipping the update runs at the next forward's fill, whose weights are then the update's; else in backward,
+    where it takes them from the device slot.
     """
-    step, home = Step(), home_bytes(unit, w)
-    weights, flops = weight_bytes(unit, w), unit.forward_flops * w.micro_batches
-    step.forward.flops = flops
-    step.backward.flops = flops * (2 if unit.kept else 3)
-    if unit.kind == "resident":
-        step.forward.h2d = unit.trainable * w.itemsize
-    else:
-        step.forward.h2d = weights * unit.visits
-        step.backward.h2d = weights * (unit.visits - unit.kept)
-    step.backward.d2h = gradient_bytes(unit, w)
+    if w.zo:
+        return _zeroth_order_step(unit, c, w, w.zo, hw)
+    k, step = unit_work(unit, c, w, hw), Step()
+    resident = unit.kind == "resident"
+    again = 0 if resident else unit.visits - unit.kept  # visits in backward
+    there = 1 if resident else unit.visits
+    first = w.clipping and unit.trainable > 0  # the first fill of forward is the update's
+    copy_out = copy_rates(w, hw)[1]
+    step.forward = Traffic(
+        compute=k.forward_seconds + (k.backward_seconds if unit.kept else 0.0),
+        h2d=k.fill * (there - first) + (k.place if first else 0),
+        d2h=k.out,
+        nvme_read=k.fill_read * there,
+        nvme_write=k.out_nvme,
+        cxl=k.fill_cxl * (there - first) + k.out_cxl,
+    )
+    step.backward = Traffic(
+        compute=0.0 if unit.kept else k.backward_seconds,
+        h2d=k.fill * again + k.out + (0 if first else k.place),
+        d2h=k.drain_seconds * copy_out,
+        nvme_read=k.fill_read * again + k.out_nvme,
+        cxl=k.fill_cxl * again + k.out_cxl,
+    )
     update = step.forward if w.clipping else step.backward
-    update.updated = unit.trainable
-    state = sum(n for role, n in home.items() if role != "frozen")
-    if state_in_ram:
-        step.state_in_ram = state
-    else:
-        per_pass = home.get("param", 0) + home.get("frozen", 0)
-        step.forward.nvme_read += per_pass
-        if unit.kind != "resident" and not (unit.kept and unit.visits == 1):
-            step.backward.nvme_read += per_pass
-        update.nvme_read += state - home.get("param", 0)
-        update.nvme_write += state
-    if w.clipping and not gradient_in_ram:
-        step.backward.nvme_write += gradient_bytes(unit, w)
-        step.forward.nvme_read += gradient_bytes(unit, w)
+    update.updated = k.updated
+    update.nvme_read += k.state_read + k.gradient_nvme
+    update.nvme_write += k.state_write
+    update.cxl += k.state_cxl + k.gradient_cxl
+    step.backward.nvme_write += k.gradient_nvme
+    step.backward.cxl += k.gradient_cxl
+    step.behind = k.behind
     return step
 
 
-def whole_step(w: Workload, state_in_ram: Collection[int], gradients_in_ram: Collection[int]) -> Step:
-    """The step's traffic with the state, and the waiting gradients, of these units (by index) in RAM."""
-    total = Step()
-    for i, unit in enumerate(w.units):
-        total.add(unit_step(unit, w, i in state_in_ram, i in gradients_in_ram))
+def _zeroth_order_step(unit: UnitProfile, c: UnitChoice, w: Workload, zo: ZerothOrder, hw: Hardware) -> Step:
+    """Every walk brings a unit's weights in; the first of them writes the last step's update back."""
+    step, home = Step(), home_bytes(unit, w)
+    written = {role for role, _, _, written in zo.roles if written}
+    stored, changed = sum(home.values()), sum(n for role, n in home.items() if role in written)
+    visits = zo.walks * (1 if unit.kind == "resident" else unit.visits)
+    normals = (1 + visits) * zo.samples * unit.trainable
+    # measured backward seconds are those of the loss alone
+    forward = compute_seconds(unit, w, hw)[0] + unit.backward_seconds
+    step.forward.compute = w.micro_batches * zo.forwards * forward + normals / NORMALS_PER_SECOND[w.device]
+    step.forward.h2d = visits * stored
+    step.forward.d2h = changed
+    if c.weights == "nvme":
+        step.forward.nvme_read, step.forward.nvme_write = visits * stored, changed
+        return step
+    step.behind = changed
+    if c.weights == "cxl":
+        step.forward.cxl = visits * stored + changed
+    return step
+
+
+def whole_step(w: Workload, hw: Hardware, choice: Choice) -> Step:
+    """The step's traffic; equal units are worked out once."""
+    total, known = Step(), {}
+    for unit, c in zip(w.units, choice.units, strict=True):
+        key = (unit_key(unit), c)
+        if key not in known:
+            known[key] = unit_step(unit, c, w, hw)
+        total.add(known[key])
     return total
+
+
+def unit_key(unit: UnitProfile) -> tuple[object, ...]:
+    """Equal for units that cost the same."""
+    return tuple(value for name, value in vars(unit).items() if name != "name")
 
 
 def adamw_rate(w: Workload, hw: Hardware) -> float:
     """Parameters per second of the optimizer on this workload's state format."""
-    return hw.adamw_parameters_per_second * (SPLIT_ADAMW_RATIO if w.dtype == "bfloat16" else 1.0)
+    return hw.adamw_parameters_per_second * (hw.adamw_split_ratio if w.dtype == "bfloat16" else 1.0)
+
+
+def copy_rates(w: Workload, hw: Hardware) -> tuple[float, float]:
+    """Bytes per second (to the device, from it); on device "cpu" both are copies within RAM."""
+    return (hw.ram, hw.ram) if w.device == "cpu" else (hw.h2d, hw.d2h)
 
 
 def lanes(t: Traffic, w: Workload, hw: Hardware) -> dict[str, float]:
-    """Busy seconds of each lane for this traffic."""
-    copy_in, copy_out = (hw.ram, hw.ram) if w.device == "cpu" else (hw.h2d, hw.d2h)
+    """Busy seconds of each lane for this traffic, and of CXL memory."""
+    copy_in, copy_out = copy_rates(w, hw)
     return {
-        "compute": t.flops / hw.matrix_flops[w.dtype],
+        "compute": t.compute,
         "h2d": t.h2d / copy_in,
         "d2h": t.d2h / copy_out,
         "nvme_read": t.nvme_read / hw.nvme_read,
         "nvme_write": t.nvme_write / hw.nvme_write,
         "optimizer": t.updated / adamw_rate(w, hw),
+        "cxl": t.cxl / hw.cxl,
     }
 
 
-def stage_resources(device: str) -> list[list[str]]:
-    """Which lanes share one resource and therefore add up."""
-    nvme = ["nvme_read", "nvme_write"]
-    if device == "cpu":
-        return [["compute", "h2d", "d2h", "optimizer"], nvme]
-    return [["compute"], ["h2d"], ["d2h"], ["optimizer"], nvme]
+def stage_resources(w: Workload, hw: Hardware) -> list[dict[str, float]]:
+    """Resources as the share of each that a lane takes while it runs; a stage lasts as long as the sum on each.
+
+    On device "cpu" compute takes all cores, every copy and the optimizer one of them.
+    """
+    drive = {"nvme_read": 1 / hw.nvme_duplex, "nvme_write": 1 / hw.nvme_duplex}
+    single: list[dict[str, float]] = [{name: 1.0} for name in (*LANES, "cxl")]
+    if w.device == "cpu":
+        one = 1 / max(1, hw.cores)
+        return [*single, drive, {"compute": 1.0, "h2d": one, "d2h": one, "optimizer": one}]
+    link = {"h2d": 1 / hw.link_duplex, "d2h": 1 / hw.link_duplex}
+    return [*single, drive, link]
 
 
 def stage_seconds(t: Traffic, w: Workload, hw: Hardware) -> float:
     """Seconds of one stage: its busiest resource."""
     lane = lanes(t, w, hw)
-    return max(sum(lane[name] for name in group) for group in stage_resources(w.device))
+    return max(sum(share * lane[name] for name, share in r.items()) for r in stage_resources(w, hw))
 
 
 @dataclass(frozen=True)
@@ -126,33 +257,29 @@ class Estimate:
     """Predicted seconds of one step and what they are made of; `nvme_bytes` is what a step moves, commits included."""
 
     step_seconds: float
-    lane_seconds: dict[str, float]
-    busiest_lane: str
     commit_every: int
     nvme_bytes: float
 
 
-def commit_interval(w: Workload, hw: Hardware, step: Step, seconds: float) -> int:
+def commit_interval(w: Workload, hw: Hardware, behind: float, seconds: float) -> int:
     """Steps between commits: as asked; "auto" is 1 with all state on NVMe, else what writing behind keeps up with."""
     if w.commit_every != "auto":
         return w.commit_every
-    if not step.state_in_ram or seconds <= 0:
+    if not behind or seconds <= 0:
         return 1
-    every = math.ceil(step.state_in_ram / hw.nvme_write / (WRITE_BEHIND_SHARE * seconds))
+    every = math.ceil(behind / hw.nvme_write / (WRITE_BEHIND_SHARE * seconds))
     return max(1, min(every, w.steps))
 
 
 def estimate(w: Workload, hw: Hardware, step: Step) -> Estimate:
-    """Step time from its traffic; commits of RAM-resident state are spread over their interval, half in each stage."""
-    stages = (step.forward, step.backward)
-    every = commit_interval(w, hw, step, sum(stage_seconds(t, w, hw) for t in stages))
-    behind = step.state_in_ram / every / 2
-    total, lane = 0.0, dict.fromkeys(LANES, 0.0)
+    """Step time from its traffic; commits of RAM-resident state are spread over their interval and over the stages."""
+    stages = (step.forward,) if w.zo else (step.forward, step.backward)
+    every = commit_interval(w, hw, step.behind, sum(stage_seconds(t, w, hw) for t in stages))
+    behind = step.behind / every / len(stages)
+    total = 0.0
     for stage in stages:
         full = Traffic(**vars(stage))
         full.nvme_write += behind
         total += stage_seconds(full, w, hw)
-        for name, seconds in lanes(full, w, hw).items():
-            lane[name] += seconds
-    nvme_bytes = 2 * behind + sum(t.nvme_read + t.nvme_write for t in stages)
-    return Estimate(total, lane, max(lane, key=lambda name: lane[name]), every, nvme_bytes)
+    nvme_bytes = len(stages) * behind + sum(t.nvme_read + t.nvme_write for t in stages)
+    return Estimate(total, every, nvme_bytes)

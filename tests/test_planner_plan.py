@@ -20,9 +20,16 @@ from offload.planner import (
     make_plan,
     reserve,
 )
+from offload.planner.choice import nothing_in_ram
+from offload.planner.schedule import predict
+from offload.planner.timing import whole_step
 
 GIB = 1 << 30
 MACHINE = Hardware("test", 8 * GIB, 8 * GIB, {"bfloat16": 1e12, "float32": 2e11}, 2e10, 2e10, 1e10, 2e9, 1e9, 2e9)
+
+
+# Operations that share a resource can delay each other when one of them gets faster, and a block slot has to pay.
+ROUGHLY = 0.02
 
 
 def stack(
@@ -71,7 +78,7 @@ bytes_of_ram = st.integers(1 << 26, 16 * GIB)
 
 
 @given(workloads(), bytes_of_ram, bytes_of_ram, st.integers(0, 40 * GIB), st.sampled_from(["greedy", "mip"]))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_a_plan_that_fits_exceeds_no_budget_and_adds_up(
     w: Workload, gpu: int, cpu: int, nvme: int, solver: str
 ) -> None:
@@ -101,26 +108,26 @@ def test_a_plan_that_fits_exceeds_no_budget_and_adds_up(
 
 
 @given(workloads(), bytes_of_ram, bytes_of_ram)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_more_ram_never_predicts_a_slower_step(w: Workload, one: int, other: int) -> None:
     nvme = (("/a", 1 << 50),)
     less, more = (make_plan(w, Budgets(GIB, cpu, 0, nvme), MACHINE, "greedy") for cpu in sorted((one, other)))
-    assert more.step_seconds <= less.step_seconds * (1 + 1e-12)
+    assert more.step_seconds <= less.step_seconds * (1 + ROUGHLY)
 
 
 @given(workloads(), bytes_of_ram, st.sampled_from(["h2d", "d2h", "ram", "nvme_read", "nvme_write"]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_more_bandwidth_never_predicts_a_slower_step(w: Workload, cpu: int, lane: str) -> None:
     budgets = Budgets(GIB, cpu, 0, (("/a", 1 << 50),))
     faster = replace(MACHINE, **{lane: 2 * getattr(MACHINE, lane)})
     w = replace(w, commit_every=5)
     assert make_plan(w, budgets, faster, "greedy").step_seconds <= make_plan(
         w, budgets, MACHINE, "greedy"
-    ).step_seconds * (1 + 1e-12)
+    ).step_seconds * (1 + ROUGHLY)
 
 
 @given(workloads(), bytes_of_ram)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_json_gives_back_the_same_plan(w: Workload, cpu: int) -> None:
     plan = make_plan(w, Budgets(GIB, cpu, 0, (("/a", 64 * GIB),)), MACHINE, "greedy")
     data = plan.to_json()
@@ -129,7 +136,7 @@ def test_json_gives_back_the_same_plan(w: Workload, cpu: int) -> None:
 
 
 @given(workloads(), bytes_of_ram, st.integers(0, 8 * GIB))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_the_suggested_budgets_are_exactly_enough(w: Workload, cpu: int, nvme: int) -> None:
     budgets = Budgets(256 << 20, cpu, 0, (("/a", nvme),))
     plan = make_plan(w, budgets, MACHINE, "greedy")
@@ -165,7 +172,8 @@ def test_buffers_are_those_of_the_widest_unit_of_each_class() -> None:
     assert (found["weights.large"].count, found["weights.large"].nbytes) == (1, 2 * table)
     assert found["gradients.block"].nbytes == 4 * block  # more than one micro-batch: summed in float32
     assert found["gradients.large"].nbytes == 4 * table
-    assert found["landing"].nbytes == 4 * table
+    assert "landing" not in found  # the slots are host memory themselves
+    assert {b.name: b for b in reserve(replace(w, device="cuda"))}["landing"].nbytes == 4 * table
     assert (found["update"].count, found["update"].nbytes) == (3, 16 * (2 << 20))
     assert found["resident"].nbytes == 4096 + 4096
     assert {b.tier for b in found.values()} == {"gpu", "cpu"}
@@ -190,20 +198,25 @@ def test_state_goes_to_ram_when_there_is_room_and_commits_are_then_spread() -> N
 
 
 def test_bytes_per_parameter_with_everything_on_nvme() -> None:
-    """12 written and 14 read without clipping, 16 and 18 with float32 gradients spilled (bfloat16)."""
+    """12 written and 14 read without clipping, 16 and 18 with float32 gradients spilled, 14 and 16 with bfloat16 ones;
+    12 and 14 with gradients waiting in RAM."""
     units = tuple(replace(u, kept=False) for u in stack(8, 1024, 64) if u.kind == "block")
     parameters = sum(u.trainable for u in units)
-    budgets = Budgets(4 * GIB, 700 << 20, 0, (("/a", 100 * GIB),))
-    for clipping, written, read in ((False, 12, 14), (True, 16, 18)):
-        w = Workload(units, 2, 1, 512, "bfloat16", clipping, 1, "cuda")
-        ram = 0
-        while make_plan(w, replace(budgets, cpu=ram), MACHINE, "greedy").shortfall_bytes:
-            ram += 16 << 20
-        plan = make_plan(w, replace(budgets, cpu=ram), MACHINE, "greedy")
-        assert all(u.placement["param"] == "nvme" for u in plan.units)
-        assert plan.lane_seconds["nvme_write"] * MACHINE.nvme_write / parameters == pytest.approx(written, rel=1e-3)
-        assert plan.lane_seconds["nvme_read"] * MACHINE.nvme_read / parameters == pytest.approx(read, rel=1e-3)
-        assert plan.commit_every == 1
+    for clipping, micro, gradient, written, read in (
+        (False, 2, "nvme", 12, 14), (True, 2, "nvme", 16, 18), (True, 1, "nvme", 14, 16), (True, 2, "cpu", 12, 14),
+    ):  # fmt: skip
+        w = Workload(units, micro, 1, 512, "bfloat16", clipping, 1, "cuda")
+        choice = nothing_in_ram(w)
+        choice = replace(choice, units=tuple(c.with_tier("gradient", gradient) for c in choice.units))
+        step = whole_step(w, MACHINE, choice)
+        assert (step.forward.nvme_write + step.backward.nvme_write) / parameters == pytest.approx(written, rel=1e-3)
+        assert (step.forward.nvme_read + step.backward.nvme_read) / parameters == pytest.approx(read, rel=1e-3)
+        # the last blocks are still in their slots when backward begins, the first ones when the next step does
+        simulated = predict(w, MACHINE, choice)
+        assert simulated.lane_seconds["nvme_write"] * MACHINE.nvme_write / parameters == pytest.approx(written)
+        fewer = 2 * choice.block_slots * units[0].trainable / parameters
+        simulated_read = simulated.lane_seconds["nvme_read"] * MACHINE.nvme_read / parameters
+        assert read - 2 * fewer - 1e-6 <= simulated_read <= read - fewer + 1e-6
 
 
 def test_a_solver_that_is_unknown_is_refused() -> None:

@@ -1,0 +1,287 @@
+"""The decision as a mixed-integer program through PuLP (HiGHS if importable, else CBC).
+
+Units that cost and save the same are one group, solved by counts, so that 80 equal blocks cost what one does.
+Variables of a group: how many units have each role in each tier, how many boundaries wait in each tier, how many
+(unit, micro-batch) pairs are recomputed (whole), kept and swapped (continuous: rows). The objective is the two-stage
+estimate: each stage lasts as long as its busiest resource. Bytes are in units of the budget, seconds in units of the
+worst step: raw numbers break the solvers.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pulp
+from offload.planner.activations import can_choose, shares
+from offload.planner.choice import Choice, UnitChoice, nothing_in_ram
+from offload.planner.memory import FRAMEWORK_MARGIN, PAGE, item_bytes, kept_workspace, moments, round_up, store_staging
+from offload.planner.placement import ROLES, Problem, top_up
+from offload.planner.plan import UnitProfile
+from offload.planner.solver import SolverFailed, run
+from offload.planner.timing import Step, lanes, stage_resources, unit_key, unit_step
+
+GAP = 1e-6
+TOLERANCE = 1e-6  # by which solvers may exceed a constraint
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A choice that keeps the budgets, and what the solver said of it."""
+
+    choice: Choice
+    optimal: bool
+    seconds: float
+
+
+@dataclass
+class _Group:
+    members: list[int]
+    unit: UnitProfile
+    roles: dict[tuple[str, str], Any]  # (role, tier): units that have it there
+    boundaries: dict[str, Any]
+    kept: Any = 0  # of micro-batches of all members
+    recomputed: Any = 0
+    swapped: dict[str, Any] | None = None
+    any_again: Any = 0  # whether any is recomputed
+    any_swap: Any = 0
+
+
+def solve(p: Problem, time_limit: float) -> Solution:
+    """The best choice the solver finds. Raises SolverFailed when it crashes or ends with no incumbent."""
+    begin = time.perf_counter()
+    model = _Model(p)
+    optimal = run(model.problem, time_limit, GAP)
+    choice = model.choice()
+    if min(p.room(choice)[tier] for tier in ("gpu", "cpu", "cxl")) < 0:
+        raise SolverFailed("the solution exceeds a budget by the solver's tolerance")
+    best = min(choice, top_up(p, choice), key=p.score)
+    return Solution(best, optimal, time.perf_counter() - begin)
+
+
+class _Model:
+    def __init__(self, p: Problem) -> None:
+        self.p, self.w = p, p.w
+        self.base = nothing_in_ram(p.w, p.block_slots)
+        self.problem = pulp.LpProblem("plan", pulp.LpMinimize)
+        self.tiers = [t for t in ("cpu", "cxl") if p.limit[t] > 0]
+        self.outer = [t for t in ("cpu", "cxl", "nvme") if p.limit[t] > 0]
+        self.room = p.room(self.base)
+        self.used: dict[str, list[Any]] = {tier: [] for tier in ("gpu", "cpu", "cxl", "nvme")}
+        self.loads: dict[tuple[str, str], list[Any]] = {}  # (stage, lane): seconds
+        self.behind: list[Any] = []
+        self.base_steps = [
+            unit_step(u, c, p.w, p.hw) for u, c in zip(p.w.units, self.base.units, strict=True)
+        ]
+        self.plans_activations = p.w.activations == "plan"
+        self.groups = self._groups()
+        self._objective()
+        self._capacities()
+
+    def _binary(self, name: str) -> Any:
+        return self.problem.add_variable(name, 0, 1, "Integer")
+
+    def _groups(self) -> list[_Group]:
+        members: dict[Any, list[int]] = {}
+        for i, unit in enumerate(self.w.units):
+            members.setdefault(unit_key(unit), []).append(i)
+        return [self._group(number, group) for number, group in enumerate(members.values())]
+
+    def _group(self, number: int, members: list[int]) -> _Group:
+        w, n = self.w, len(members)
+        unit, c = w.units[members[0]], self.base.units[members[0]]
+        add, m = self.problem.add_variable, w.micro_batches
+        group = _Group(members, unit, {}, {})
+        for role in ROLES:
+            if not item_bytes(unit, role, w):
+                continue
+            for tier in self.tiers:
+                x = group.roles[role, tier] = add(f"{role}_{tier}_{number}", 0, n, "Integer")
+                self._count(x, unit, c, c.with_tier(role, tier), {tier: item_bytes(unit, role, w)})
+            if len(self.tiers) > 1:
+                self.problem += pulp.lpSum(group.roles[role, t] for t in self.tiers) <= n
+        if not self.plans_activations:
+            return group
+        if unit.boundary_bytes and unit.kind != "resident":
+            for tier in self.outer:
+                x = group.boundaries[tier] = add(f"boundary_{tier}_{number}", 0, n, "Integer")
+                moved = m * round_up(unit.boundary_bytes)
+                self._count(x, unit, c, replace(c, boundary=tier), {tier: moved, "gpu": -m * unit.boundary_bytes})
+            self.problem += pulp.lpSum(group.boundaries.values()) <= n
+        if can_choose(unit):
+            self._activations(group, number, c)
+        return group
+
+    def _activations(self, group: _Group, number: int, c: UnitChoice) -> None:
+        """Shares in micro-batches of all the group's units; per micro-batch costs are those of a unit over M."""
+        w, unit, n = self.w, group.unit, len(group.members)
+        m, add = w.micro_batches, self.problem.add_variable
+        group.recomputed = add(f"recomputed_{number}", 0, n * m, "Integer")
+        group.kept = add(f"kept_{number}", 0, n * m)
+        group.swapped = {t: add(f"swapped_{t}_{number}", 0, n * m) for t in self.outer}
+        total = [group.recomputed, group.kept, *group.swapped.values()]
+        self.problem += pulp.lpSum(total) == n * m
+        kept = replace(c, keep=1.0, recompute=0.0)
+        self._count(group.kept, unit, c, kept, {"gpu": unit.saved_bytes}, 1 / m)
+        for tier, x in group.swapped.items():
+            swapped = shares(c, w, 0.0, {tier: 1.0})
+            padded = round_up(unit.saved_bytes) + PAGE * (1 + len(unit.saved))
+            self._count(x, unit, c, swapped, {tier: padded}, 1 / m)
+        swaps = pulp.lpSum(group.swapped.values())
+        group.any_again, group.any_swap = self._binary(f"any_again_{number}"), self._binary(f"any_swap_{number}")
+        self.problem += swaps <= n * m * group.any_swap
+        for tier in group.swapped:  # of the one unit that is divided between tiers, every piece begins on a page
+            self.used[tier].append((m * PAGE * (2 + len(unit.saved)), group.any_swap))
+        self.problem += group.recomputed <= n * m * group.any_again
+
+    def _count(
+        self, x: Any, unit: UnitProfile, old: UnitChoice, new: UnitChoice, nbytes: dict[str, int], factor: float = 1.0
+    ) -> None:
+        """One more of `x` changes the step from that of `old` to that of `new` (times factor), and the tiers' bytes."""
+        change = Step()
+        change.add(unit_step(unit, new, self.w, self.p.hw), factor)
+        change.add(unit_step(unit, old, self.w, self.p.hw), -factor)
+        for stage in ("forward", "backward"):
+            for lane, seconds in lanes(getattr(change, stage), self.w, self.p.hw).items():
+                if seconds:
+                    self.loads.setdefault((stage, lane), []).append(seconds * x)
+        if change.behind:
+            self.behind.append(change.behind * x)
+        for tier, n in nbytes.items():
+            if n:
+                self.used[tier].append((n, x))
+                if self.w.device == "cpu" and tier == "gpu":
+                    self.used["cpu"].append((n, x))
+
+    def _objective(self) -> None:
+        """Write-behind is priced only for a given commit interval ("auto" keeps it under a tenth of the step)."""
+        p = self.p
+        base = Step()
+        for step in self.base_steps:
+            base.add(step)
+        scale = p.estimate(self.base).step_seconds or 1.0
+        behind: Any = 0.0
+        if p.w.commit_every != "auto":
+            behind = 0.5 / p.w.commit_every / p.hw.nvme_write * pulp.lpSum([base.behind, *self.behind])
+        stages = {name: self.problem.add_variable(f"seconds_{name}", 0) for name in ("forward", "backward")}
+        for stage, longest in stages.items():
+            fixed = lanes(getattr(base, stage), p.w, p.hw)
+            for shares_of in stage_resources(p.w, p.hw):
+                load = []
+                for lane, share in shares_of.items():
+                    load.append(share * fixed[lane] / scale)
+                    load += [share / scale * term for term in self.loads.get((stage, lane), [])]
+                    if lane == "nvme_write" and p.w.commit_every != "auto":
+                        load.append(share / scale * behind)
+                self.problem += longest >= pulp.lpSum(load)
+        self.problem.setObjective(pulp.lpSum(stages.values()))
+
+    def _capacities(self) -> None:
+        """Every tier's bytes; the device's at the worst moment of forward and of backward, with all that waits."""
+        w = self.w
+        shared = ("gpu", "cpu") if w.device == "cpu" else ("gpu",)  # what takes room where the device's memory counts
+        base = list(moments(w, self.base))
+        known = max((x.activations + x.framework for x in base), default=0)
+        waiting = max((x.activations for x in base), default=0)
+        staged = self._staging() if self.plans_activations else []
+        for tier, terms in self.used.items():
+            if tier not in shared:
+                self._capacity(terms, self.room[tier])
+                continue
+            free = self.room[tier] + known - waiting
+            chosen = {i for g in self.groups if g.swapped is not None for i in g.members}
+            fixed = max((x.framework for x in base if not (x.backward and x.unit in chosen)), default=0)
+            self._capacity(terms + staged, free - fixed)
+            for g in self.groups:
+                if g.swapped is None:
+                    continue
+                margin, members = FRAMEWORK_MARGIN[w.device], set(g.members)
+                saved = round(margin * g.unit.saved_bytes)
+                forward, backward = (
+                    max(x.framework for x in base if x.backward == back and x.unit in members)
+                    for back in (False, True)
+                )
+                least = backward - round(margin * max(0, g.unit.workspace_backward - kept_workspace(g.unit)))
+                self._capacity(terms + staged, free - least)
+                # what autograd saves lies beside the workspace while it is on its way out, and where backward makes it:
+                # then the group's last units, which are those that are kept, are done
+                self._capacity([*terms, *staged, (2 * saved, g.any_swap)], free - forward)
+                earlier = [(n, x) for n, x in terms if x is not g.kept]
+                own = (w.micro_batches - 1) * g.unit.saved_bytes
+                self._capacity([*earlier, *staged, (backward - least + own, g.any_again)], free - least)
+
+    def _staging(self) -> list[tuple[float, Any]]:
+        """Two buffers on the device for the largest micro-batch that comes back; 1 unit of the variable is the most."""
+        w = self.w
+        back = self.problem.add_variable("coming_back", 0)
+        away = self._binary("any_away")
+        moved = [x for g in self.groups for x in g.boundaries.values()]
+        boundary = max((u.boundary_bytes for u in w.units), default=0)
+        if moved:
+            self.problem += pulp.lpSum(moved) <= len(w.units) * away
+        most = max((u.saved_bytes + PAGE * (2 + len(u.saved)) for u in w.units if can_choose(u)), default=1)
+        for g in self.groups:
+            if g.swapped is not None:
+                self.problem += back >= (g.unit.saved_bytes + PAGE * (2 + len(g.unit.saved))) / most * g.any_swap
+        return [(2 * most, back), (2 * round_up(boundary), away), (store_staging(w), self._any_stored())]
+
+    def _any_stored(self) -> Any:
+        """Whether any activations go to NVMe."""
+        stored = self._binary("any_stored")
+        for g in self.groups:
+            n = len(g.members)
+            if "nvme" in g.boundaries:
+                self.problem += g.boundaries["nvme"] <= n * stored
+            if g.swapped is not None and "nvme" in g.swapped:
+                self.problem += g.swapped["nvme"] <= n * self.w.micro_batches * stored
+        return stored
+
+    def _capacity(self, terms: list[tuple[float, Any]], room: int) -> None:
+        terms = [(n, x) for n, x in terms if n]
+        if terms:
+            scale = float(max(abs(room), max(abs(n) for n, _ in terms), 1))
+            self.problem += pulp.lpSum(n / scale * x for n, x in terms) <= room / scale - TOLERANCE
+
+    def choice(self) -> Choice:
+        """The solved counts as a choice: of each group the last units first; what is recomputed is spread evenly among
+        what is swapped, so that transfers always have compute beside them."""
+        units = list(self.base.units)
+        m = self.w.micro_batches
+        for g in self.groups:
+            last_first = sorted(g.members, reverse=True)
+            for role in ROLES:
+                at = 0
+                for tier in self.tiers:
+                    if (role, tier) not in g.roles:
+                        continue
+                    count = round(g.roles[role, tier].value() or 0)
+                    for i in last_first[at : at + count]:
+                        units[i] = units[i].with_tier(role, tier)
+                    at += count
+            at = 0
+            for tier, x in g.boundaries.items():
+                count = round(x.value() or 0)
+                for i in sorted(g.members)[at : at + count]:
+                    units[i] = replace(units[i], boundary=tier)
+                at += count
+            if g.swapped is None:
+                continue
+            kept = float(g.kept.value() or 0)
+            away = {tier: float(x.value() or 0) for tier, x in g.swapped.items()}
+            again = round(g.recomputed.value() or 0) / max(1e-9, len(g.members) * m - kept)  # of what is not kept
+            due = 0.0
+            for i in last_first:
+                part = min(kept, float(m))
+                kept -= part
+                left, taken = m - part, {}
+                due += again * left
+                whole = min(int(due + 1e-6), int(left + 1e-6))  # spread evenly, in whole micro-batches
+                due -= whole
+                left -= whole
+                for tier in away:
+                    taken[tier] = min(away[tier], left)
+                    away[tier] -= taken[tier]
+                    left -= taken[tier]
+                units[i] = shares(units[i], self.w, part / m, {tier: n / m for tier, n in taken.items()})
+        return replace(self.base, units=tuple(units))

@@ -1,0 +1,350 @@
+"""Seconds of one real forward and backward of every distinct unit at the run's own shapes, with random weights.
+
+A rate of matrix products says little about a unit of small products, norms and attention. So the model's own forward
+is run once more as the profile runs it, on real tensors: each unit that cannot be told from one timed before is given
+random weights, run, and its weights dropped; the units between are passed over. Cached per machine.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from offload.planner.bounds import UnitModules
+from offload.planner.measure import cache_directory, machine_key
+from offload.planner.plan import Hardware, Profile, UnitCost
+from offload.planner.profile import (
+    Tracer,
+    backward,
+    boundaries,
+    default_batch,
+    detach,
+    loss_of,
+    owners_of,
+    signature,
+    template,
+)
+from torch import Tensor, nn
+
+LONGEST = 6.0  # seconds: a unit whose forward and backward are expected to take longer is not timed
+REPEATS = 3
+ALL_VISITS = 1_000_000_000  # parameters of a model of which every unit may be run, where one kind each is not enough
+_VERSION = 1
+
+
+def timed(
+    profile: Profile,
+    model: nn.Module,
+    units: Sequence[UnitModules],
+    hardware: Hardware,
+    *,
+    micro_batch: int,
+    sequence_length: int,
+    dtype: torch.dtype,
+    device: str,
+    backward: bool = True,
+    refresh: bool = False,
+) -> Profile:
+    """`profile` with measured seconds where one unit can be timed within `LONGEST` and a quarter of the free RAM.
+
+    Without `backward` the backward seconds are those of the loss alone.
+    The model, on meta or not, is not touched. What cannot be run keeps the estimate from its operations, with a note.
+    """
+    rate = hardware.matrix_rate(str(dtype).removeprefix("torch."))
+    room = hardware.cpu_bytes // 4 if device == "cpu" else hardware.gpu_bytes // 4
+    size = dtype.itemsize
+    for name, _, modules in units:
+        cost = profile.costs[name]
+        held = 2 * size * sum(p.numel() for m in modules[:1] for p in m.parameters())
+        if cost.kept:  # timed with the model's own loss: the logits whole, and three times in float32
+            held += 3 * profile.logits_bytes * 4 // size
+        if 4 * cost.forward_flops / rate > LONGEST or held + cost.workspace_backward > room:
+            return replace(profile, notes=(*profile.notes, f"times: {name} is too large to be timed at start-up"))
+    key = _key(model, units, micro_batch, sequence_length, dtype, device, backward)
+    found = None if refresh else _load(key)
+    if found is None:
+        whole = sum(p.numel() for p in model.parameters()) <= ALL_VISITS
+        for collects in (False, True) if whole else (False,):
+            try:
+                found = _measure(model, units, micro_batch, sequence_length, dtype, device, backward, collects)
+                break
+            except Exception as error:  # a model's own code on random weights may raise anything; a plan is wanted
+                reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+        if found is None:
+            return replace(profile, notes=(*profile.notes, f"times: estimated from operations ({reason})"))
+        _save(key, found)
+    costs = {
+        name: replace(cost, forward_seconds=found[name][0], backward_seconds=found[name][1]) if name in found else cost
+        for name, cost in profile.costs.items()
+    }
+    return replace(profile, costs=costs)
+
+
+_Place = tuple[nn.Module, str]
+
+
+@dataclass
+class _Seconds:
+    """Stands where the profile counts bytes."""
+
+    flops: int = 0
+    live: int = 0
+    begin: float = 0.0
+
+    def mark(self) -> int:
+        self.begin = time.perf_counter()
+        return 0
+
+
+@dataclass
+class _Timed:
+    """One timed unit pass, in the place of the profile's traced one."""
+
+    cost: UnitCost
+    outputs: list[Any]
+    spec: pytree.TreeSpec
+    collects: bool = False
+
+
+@dataclass
+class _Timer(Tracer):
+    """A tracer that gives each new unit real weights and runs it a few times."""
+
+    dtype: torch.dtype = torch.float32
+    collects: bool = False  # the model takes tensors from inside its units, so every visit has to run
+    restore: dict[_Place, nn.Parameter] = field(default_factory=dict)
+
+    def visit(self, name: str, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        last = len(self.visits) == self.last
+        real = _materialize(module, self.dtype, self.device) if last or self.collects else {}
+        try:
+            return super().visit(name, module, forward, args, kwargs)
+        finally:
+            if last:
+                self.restore = real  # its graph is still to be run backward
+            else:
+                _give_back(real)
+
+    def _measure(
+        self, module: nn.Module, forward: Callable[..., Any], flat: list[Any], spec: pytree.TreeSpec, grad: bool
+    ) -> Any:
+        real = _materialize(module, self.dtype, self.device)
+        cost = UnitCost()
+        try:
+            outputs, out_spec, cost.forward_seconds = self._forward(forward, flat, spec)
+            if grad:
+                cost.backward_seconds = self._backward(forward, flat, spec, outputs)
+        finally:
+            _give_back(real)
+        storages = {x.untyped_storage()._cdata: i for i, x in enumerate(flat) if isinstance(x, Tensor)}
+        return _Timed(cost, [template(x, storages) for x in outputs], out_spec, self.collects)
+
+    def _forward(
+        self, forward: Callable[..., Any], flat: list[Any], spec: pytree.TreeSpec
+    ) -> tuple[list[Any], pytree.TreeSpec, float]:
+        def run() -> Any:
+            with torch.no_grad():
+                args, kwargs = pytree.tree_unflatten([detach(x, False) for x in flat], spec)
+                return forward(*args, **kwargs)
+
+        result, seconds = self._repeat(run)
+        outputs, out_spec = pytree.tree_flatten(result)
+        return outputs, out_spec, seconds
+
+    def _backward(
+        self, forward: Callable[..., Any], flat: list[Any], spec: pytree.TreeSpec, outputs: list[Any]
+    ) -> float:
+        """Seconds of backward alone; the forward with grad that it needs is not counted."""
+        gradients = [torch.ones_like(x) if isinstance(x, Tensor) and x.is_floating_point() else None for x in outputs]
+        best = float("inf")
+        for _ in range(REPEATS):
+            with torch.enable_grad():
+                args, kwargs = pytree.tree_unflatten([detach(x, True) for x in flat], spec)
+                again = pytree.tree_leaves(forward(*args, **kwargs), is_leaf=lambda x: x is None)
+            begin = self._now()
+            backward(again, gradients)
+            best = min(best, self._now() - begin)
+        return best
+
+    def _repeat(self, run: Callable[[], Any]) -> tuple[Any, float]:
+        best, result = float("inf"), None
+        for _ in range(REPEATS):
+            result = None
+            begin = self._now()
+            result = run()
+            best = min(best, self._now() - begin)
+        return result, best
+
+    def _now(self) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def _measure(
+    model: nn.Module,
+    units: Sequence[UnitModules],
+    micro_batch: int,
+    sequence_length: int,
+    dtype: torch.dtype,
+    device: str,
+    with_backward: bool,
+    collects: bool,
+) -> dict[str, tuple[float, float]]:
+    """(forward, backward) seconds by unit name, summed over the unit's visits in one forward."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        clone = _clone(model, dtype, device)
+        if not with_backward:
+            clone.requires_grad_(False)
+        owners = owners_of(model, clone, units)
+        _materialize(clone, dtype, device, apart_from={id(m) for m in clone.modules() if id(m) in owners})
+        example = default_batch(model, micro_batch, sequence_length)
+        # any token but a special one, which some models warn of
+        token = {"input_ids": int(getattr(model.config, "vocab_size", 2)) // 2}
+        batch = {k: torch.full(v.shape, token.get(k, 0), dtype=v.dtype, device=device) for k, v in example.items()}
+        for p in clone.parameters():
+            if p.requires_grad and not p.is_meta:
+                p.register_post_accumulate_grad_hook(_free)
+        first = _Timer(_Seconds(), device, owners, dtype=dtype, collects=collects)  # type: ignore[arg-type]
+        with boundaries(clone, first):
+            loss_of(clone(**batch))
+        first.tape.clear()
+        tail = min(_tail(clone, batch, owners, first, dtype, device) for _ in range(2))
+    found: dict[str, tuple[float, float]] = {}
+    for i, (name, passed) in enumerate(first.visits):
+        forward, back = found.get(name, (0.0, 0.0))
+        one = passed.cost
+        once = max(0.0, tail - one.forward_seconds) if i == len(first.visits) - 1 else one.backward_seconds
+        found[name] = (forward + one.forward_seconds, back + once)
+    return found
+
+
+def _tail(
+    clone: nn.Module,
+    batch: Mapping[str, Tensor],
+    owners: dict[int, str],
+    first: _Timer,
+    dtype: torch.dtype,
+    device: str,
+) -> float:
+    """Seconds from the last visit's forward through the loss to the end of its backward."""
+    last = len(first.visits) - 1
+    timer = _Timer(_Seconds(), device, owners, first.traced, last=last, dtype=dtype, collects=first.collects)  # type: ignore[arg-type]
+    with boundaries(clone, timer):
+        loss = loss_of(clone(**batch))
+    try:
+        if loss.requires_grad:
+            loss.backward(retain_graph=True)
+        outputs, leaves = timer.kept
+        backward(outputs, [x.grad if isinstance(x, Tensor) else None for x in leaves])
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - timer.live.begin  # type: ignore[attr-defined]
+    finally:
+        _give_back(timer.restore)
+
+
+def _clone(model: nn.Module, dtype: torch.dtype, device: str) -> nn.Module:
+    """A copy with parameters on meta and buffers of ones or zeros; the originals are neither copied nor changed."""
+    memo: dict[int, Any] = {}
+    for p in model.parameters():
+        compute = dtype if p.is_floating_point() else p.dtype
+        memo[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=compute, device="meta"), requires_grad=p.requires_grad)
+    for b in model.buffers():
+        memo[id(b)] = torch.full(b.shape, 1.0 if b.is_floating_point() else 0, dtype=b.dtype, device=device)
+    clone = copy.deepcopy(model, memo)
+    for module in clone.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "use_cache"):
+            config.use_cache = False
+    return clone.train()
+
+
+def _materialize(
+    module: nn.Module, dtype: torch.dtype, device: str, apart_from: set[int] | None = None
+) -> dict[_Place, nn.Parameter]:
+    """Give the module's meta parameters random values (ties kept); returns what was there."""
+    before: dict[_Place, nn.Parameter] = {}
+    made: dict[int, nn.Parameter] = {}
+
+    def walk(m: nn.Module) -> None:
+        for name, p in m._parameters.items():
+            if p is not None and p.is_meta:
+                before[m, name] = p
+                if id(p) not in made:
+                    value = torch.empty(p.shape, dtype=p.dtype, device=device)
+                    if p.is_floating_point():
+                        value.normal_(0.0, 0.02)
+                    made[id(p)] = nn.Parameter(value, requires_grad=p.requires_grad)
+                    if p.requires_grad:
+                        made[id(p)].register_post_accumulate_grad_hook(_free)
+                m._parameters[name] = made[id(p)]
+        for child in m.children():
+            if apart_from is None or id(child) not in apart_from:
+                walk(child)
+
+    walk(module)
+    return before
+
+
+def _give_back(before: dict[_Place, nn.Parameter]) -> None:
+    for (module, name), p in before.items():
+        module._parameters[name] = p
+
+
+def _free(p: Tensor) -> None:
+    p.grad = None
+
+
+# ---- cache ----
+
+
+def _key(
+    model: nn.Module,
+    units: Sequence[UnitModules],
+    rows: int,
+    length: int,
+    dtype: torch.dtype,
+    device: str,
+    backward: bool,
+) -> str:
+    """Equal for what takes the same time: machine, shapes, and units told apart as the profile does."""
+    kinds = sorted({repr(signature(m, [], pytree.tree_flatten(())[1])) for _, _, modules in units for m in modules})
+    parts = [_VERSION, machine_key(device, {}), type(model).__name__, rows, length, str(dtype), device, *kinds]
+    parts.append([(kind, len(modules)) for _, kind, modules in units])
+    if not backward:
+        parts.append("forward only")
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
+
+
+def _path(key: str) -> Path:
+    return cache_directory() / f"units-{key}.json"
+
+
+def _load(key: str) -> dict[str, tuple[float, float]] | None:
+    try:
+        return {name: (float(a), float(b)) for name, (a, b) in json.loads(_path(key).read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError):  # nothing there, or written by something else
+        return None
+
+
+def _save(key: str, found: Mapping[str, tuple[float, float]]) -> None:
+    try:
+        _path(key).parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=_path(key).parent, suffix=".tmp", delete=False) as file:
+            json.dump(found, file)
+        os.replace(file.name, _path(key))
+    except OSError:
+        pass  # a home that cannot be written costs the next run a moment, nothing else
