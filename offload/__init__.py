@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from offload.engine import micro_seed
 
 __version__: str
-__all__ = ["Config", "__version__", "micro_seed", "plan", "resume", "wrap"]
+__all__ = ["Config", "__version__", "micro_seed", "plan", "resume", "wrap", "zo"]
 
 _HOME = {
     "Config": "offload.config",
@@ -27,6 +27,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("offload")
+    if name == "zo":
+        return importlib.import_module("offload.zo")
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'offload' has no attribute {name!r}")

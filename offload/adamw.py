@@ -8,14 +8,27 @@ negative. 12 bytes per parameter hold what 14 hold elsewhere, and no value is lo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from offload.device import limit_lane_threads
+
+if TYPE_CHECKING:  # it imports this module, and is itself imported only where it is wanted
+    from offload.adamw_jit import Jit
+
 # Elements updated at a time: the arrays of one pass stay in a core's second-level cache.
 CACHE_ELEMENTS = 64 * 1024
+# Fewest elements that are worth a thread's waking up where several threads share a chunk.
+_SHARE_ELEMENTS = 128 * 1024
+
+# (first element within the chunk, its end, the parameter's step count with this update).
+Piece = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -80,10 +93,182 @@ def split_master(master: Tensor, weight: Tensor, low: Tensor, exp_avg_sq: Tensor
 
     Args:
         master: float32 [n]. weight: bfloat16 [n], written. low: int16 [n], written.
-        exp_avg_sq: float32 [n], non-negative, its sign bit written. scratch: int32 [n], overwritten.
+        exp_avg_sq: float32 [n], non-negative or NaN, its sign bit written. scratch: int32 [n], overwritten.
     """
+    exp_avg_sq.abs_()  # a NaN comes with any sign, and as a mark it would carry a NaN weight over into zero
     weight.copy_(master)
     scratch.view(torch.float32).copy_(weight)
     torch.sub(master.view(torch.int32), scratch, out=scratch)
     low.copy_(scratch)
     exp_avg_sq.view(torch.int32).bitwise_or_(scratch.eq_(32768).bitwise_left_shift_(31))
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Flat tensors [n] of one chunk of a unit's state; all but `grad` are updated in place.
+
+    `param` is float32, or bfloat16 with `low`, the int16 low half of its master. `grad` is float32 or bfloat16; the
+    moments are float32. Each piece of a parameter starts at a multiple of 64 elements of the parameter.
+    """
+
+    param: Tensor
+    low: Tensor | None
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+    def clone(self) -> Chunk:
+        """A copy with memory of its own."""
+        low = None if self.low is None else self.low.clone()
+        return Chunk(self.param.clone(), low, self.grad.clone(), self.exp_avg.clone(), self.exp_avg_sq.clone())
+
+    def same_bits(self, other: Chunk) -> bool:
+        """Whether every value is the same to the bit."""
+        pairs = [(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)]
+        return all(a is b is None or torch.equal(a.view(torch.int16), b.view(torch.int16)) for a, b in pairs)
+
+
+class Stock:
+    """AdamW over parts of a chunk in torch's own operations, in cache-sized scratch (768 KiB, kept)."""
+
+    window = CACHE_ELEMENTS
+
+    def __init__(self) -> None:
+        self._master, self._gradient = torch.empty(2, CACHE_ELEMENTS, dtype=torch.float32)
+        self._bits = torch.empty(CACHE_ELEMENTS, dtype=torch.int32)
+
+    def part(self, chunk: Chunk, pieces: Sequence[Piece], hyper: Hyper) -> None:
+        """One AdamW step in place over pieces that lie within `window` elements of each other.
+
+        Float32 parameters and gradients without clipping need no scratch, and then there is no such limit.
+        """
+        start, stop = pieces[0][0], pieces[-1][1]
+        n = stop - start
+        grad, exp_avg, exp_avg_sq = (t[start:stop] for t in (chunk.grad, chunk.exp_avg, chunk.exp_avg_sq))
+        if grad.dtype != torch.float32:
+            grad = self._gradient[:n].copy_(grad)
+        if hyper.coefficient is not None:
+            grad = torch.mul(grad, hyper.coefficient, out=self._gradient[:n])
+        master, bits = chunk.param[start:stop], self._bits[:n]
+        if chunk.low is not None:
+            master = self._master[:n]
+            merge_master(chunk.param[start:stop], chunk.low[start:stop], exp_avg_sq, master, bits)
+        spans = [slice(a - start, b - start) for a, b, _ in pieces]
+        fused_step(
+            [master[span] for span in spans],
+            [grad[span] for span in spans],
+            [exp_avg[span] for span in spans],
+            [exp_avg_sq[span] for span in spans],
+            [step for _, _, step in pieces],
+            hyper,
+        )
+        if chunk.low is not None:
+            split_master(master, chunk.param[start:stop], chunk.low[start:stop], exp_avg_sq, bits)
+
+
+class Kernel:
+    """The optimizer's arithmetic on one chunk after the other, in stock operations or compiled where that is better.
+
+    The compiled kernels are loaded on a thread of their own: steps taken before they are there use stock operations,
+    which give the same bits, so no step waits for a compiler.
+
+    Args:
+        threads: how many threads share a chunk, the caller's own included.
+        jit: use the compiled kernels where they are installed, equal to the bit and faster (`offload.adamw_jit`).
+    """
+
+    def __init__(self, threads: int = 1, jit: bool = True) -> None:
+        self._threads = threads
+        self._pool: ThreadPoolExecutor | None = None
+        if threads > 1:
+            self._pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="adamw", initializer=limit_lane_threads)
+        self._own = threading.local()
+        self._jit: Jit | None = None
+        self._loader: threading.Thread | None = None
+        self.reasons: dict[str, str] = {"all": "not asked for"}  # why stock operations are used, by kind of chunk
+        if jit:
+            self.reasons = {"all": "still being compiled"}
+            self._loader = threading.Thread(target=self._load, name="adamw-jit")
+            self._loader.start()
+
+    def wait(self) -> None:
+        """Return when the compiled kernels are in use or known to be of no use."""
+        if self._loader is not None:
+            self._loader.join()
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self.wait()
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def step(
+        self,
+        param: Tensor,
+        low: Tensor | None,
+        grad: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        pieces: Sequence[Piece],
+        hyper: Hyper,
+    ) -> None:
+        """One AdamW step in place over the pieces of parameters in a chunk, in ascending order; see `Chunk`.
+
+        The gradient is read only; `hyper.coefficient` is applied on the way. Elements outside of all pieces keep their
+        values. Equal to the bit to `torch.optim.AdamW(fused=True)` on whole float32 tensors.
+        """
+        chunk = Chunk(param, low, grad, exp_avg, exp_avg_sq)
+        jit = self._jit
+        run = jit.part if jit is not None and jit.takes(chunk, hyper) else self._stock_part
+        direct = low is None and hyper.coefficient is None and grad.dtype == torch.float32
+        small = run == self._stock_part and not direct  # many small operations, in cache-sized windows
+        window = Stock.window if small else max(param.numel(), 1)
+
+        def share(pieces: Sequence[Piece]) -> None:
+            for part in _parts(pieces, window):
+                run(chunk, part, hyper)
+
+        # Threads would gain small operations nothing: they would wait for the interpreter's lock, and one another.
+        if self._pool is None or not pieces or small:
+            share(pieces)
+            return
+        # One share per thread, the first one here: handing over costs as much as 50,000 elements.
+        each = max(-(-param.numel() // (64 * self._threads)) * 64, _SHARE_ELEMENTS)
+        mine, *others = _parts(pieces, each)
+        running = [self._pool.submit(share, other) for other in others]
+        try:
+            share(mine)
+        finally:
+            wait(running)  # they write to the caller's memory
+        for other in running:
+            other.result()
+
+    def _stock_part(self, chunk: Chunk, pieces: Sequence[Piece], hyper: Hyper) -> None:
+        if not hasattr(self._own, "stock"):
+            self._own.stock = Stock()
+        self._own.stock.part(chunk, pieces, hyper)
+
+    def _load(self) -> None:
+        from offload import adamw_jit
+
+        limit_lane_threads()
+        loaded = adamw_jit.load()
+        self._jit = loaded.jit
+        self.reasons = loaded.reasons
+
+
+def _parts(pieces: Sequence[Piece], window: int) -> Iterator[list[Piece]]:
+    """Pieces in runs that span at most `window` elements (a multiple of 64), longer ones cut."""
+    run: list[Piece] = []
+    for start, stop, step in pieces:
+        while start < stop:
+            room = (run[0][0] if run else start) + window
+            if start >= room:
+                yield run
+                run = []
+                continue
+            end = min(stop, room)
+            run.append((start, end, step))
+            start = end
+    if run:
+        yield run

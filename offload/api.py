@@ -41,19 +41,23 @@ def resume(run_dir: str | Path, model: nn.Module | None = None) -> Engine:
 
 
 def plan(config: Source, hardware: str | Path | None = None) -> Plan:
-    """What a run of `config` would place where, its peaks in bytes and its times in seconds; writes nothing.
+    """What a run of `config` would place where, its peaks in bytes, its times in seconds and what would help it.
 
     `hardware`: a preset ("rtx4090") or a file instead of this machine; budgets in the config override its capacities.
-    Raises ConfigError.
+    Writes nothing. Raises ConfigError.
     """
-    from offload.planner import load_hardware
+    from dataclasses import replace
+
+    from offload.planner import advise, load_hardware
     from offload.prepare import prepare
 
     cfg = Config.load(config)
-    if hardware is None:
-        return prepare(cfg).plan
-    try:
-        machine = load_hardware(hardware, ssds=len(cfg.store_paths()))
-    except ValueError as error:
-        raise ConfigError(f"--hardware {hardware}: {error}") from None
-    return prepare(cfg, hardware=machine).plan
+    machine = None
+    if hardware is not None:
+        try:
+            machine = load_hardware(hardware, ssds=len(cfg.store_paths()))
+        except ValueError as error:
+            raise ConfigError(f"--hardware {hardware}: {error}") from None
+    made = prepare(cfg, hardware=machine)
+    solver = cfg.planner.solver, cfg.planner.time_limit
+    return replace(made.plan, advice=advise(made.workload, made.budgets, made.hardware, *solver))

@@ -2,15 +2,15 @@
 
 A boundary cuts the autograd graph: a unit runs without grad on detached inputs and its outputs become leaves, so that
 nothing of the unit stays alive but what is recorded. Backward runs the unit again with grad (or uses the graph that was
-kept for the last unit), then pushes the input gradients through what the model computes between units, the *glue*.
-The model's own `forward` runs everything else; nothing here knows any architecture.
+kept, for the last unit or by plan), then pushes the input gradients through what the model computes between units, the
+*glue*. The model's own `forward` runs everything else; nothing here knows any architecture.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,62 +21,13 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from offload import capture
+from offload.activation_saving import SavedTensors
+from offload.compiled import compiled
 from offload.errors import OffloadError
+from offload.head_loss import HeadLoss
+from offload.mutable_buffers import Buffer, MutableBuffers, as_before
+from offload.thread_state import ThreadState, no_autocast_cache, thread_state
 from offload.units import Unit
-
-
-@dataclass
-class ThreadState:
-    """What torch keeps per thread and a coroutine switch would leak: RNG, grad mode and autocast."""
-
-    rng: Tensor
-    cuda_rng: Tensor | None
-    grad: bool
-    autocast: bool
-    autocast_dtype: torch.dtype
-    autocast_cache: bool
-
-    @classmethod
-    def now(cls, device: str) -> ThreadState:
-        return cls(
-            torch.get_rng_state(),
-            torch.cuda.get_rng_state() if device == "cuda" else None,
-            torch.is_grad_enabled(),
-            torch.is_autocast_enabled(device),
-            torch.get_autocast_dtype(device),
-            torch.is_autocast_cache_enabled(),
-        )
-
-    def apply(self, device: str) -> None:
-        torch.set_rng_state(self.rng)
-        if self.cuda_rng is not None:
-            torch.cuda.set_rng_state(self.cuda_rng)
-        torch.set_grad_enabled(self.grad)
-        torch.set_autocast_enabled(device, self.autocast)
-        torch.set_autocast_dtype(device, self.autocast_dtype)
-        torch.set_autocast_cache_enabled(self.autocast_cache)
-
-
-@contextmanager
-def thread_state(state: ThreadState, device: str) -> Iterator[None]:
-    """Run with `state` and put the caller's own state back."""
-    mine = ThreadState.now(device)
-    state.apply(device)
-    try:
-        yield
-    finally:
-        mine.apply(device)
-
-
-@contextmanager
-def _no_autocast_cache() -> Iterator[None]:
-    """Autocast keeps casts of weights by parameter: without graph if made in the first pass, stale after a refill."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
 
 
 @dataclass
@@ -93,8 +44,9 @@ class Record:
     collected: list[str] | None
     differentiable: bool
     versions: list[int]  # of the inputs: the glue must not change them before backward
-    changed_buffers: list[_Buffer] = field(default_factory=list)
+    changed_buffers: list[Buffer] = field(default_factory=list)
     kept: tuple[list[Any], list[Any]] | None = None  # (detached inputs, outputs with their graph)
+    saved: SavedTensors | None = None  # what the kept graph needs of the unit's inside, where the plan moves that
     nbytes: int = 0  # of the output leaves, each storage once
 
 
@@ -108,7 +60,11 @@ class MicroBatch:
         self.tape: list[Record] = []
         self.training = training
         self.loss: Tensor | None = None
-        self.keep_graph = False  # set by the engine while the unit about to run is the last one
+        self.holds = 0  # bytes of the last unit's outputs
+        # Set by the engine for the unit about to run: keep its graph as it is (the last unit's), or with these.
+        self.keep_graph = False
+        self.saving: SavedTensors | None = None
+        self.after_head = False  # it has logits that were not computed: their weights may not leave before its loss
         self._pending: dict[int, Tensor] = {}  # gradients of glue tensors whose other consumers are still to come
         self._uses: dict[int, int] | None = None
         mine = ThreadState.now(device)
@@ -170,6 +126,20 @@ class MicroBatch:
         return bool(_graph(glue) & _graph([loss.grad_fn]))
 
 
+def backward_order(runs: Sequence[MicroBatch]) -> list[tuple[Unit, list[tuple[MicroBatch, Record]]]]:
+    """The passes in the order of their backward: units in reverse, within a unit the micro-batches in order."""
+    order = []
+    left = [len(run.tape) for run in runs]
+    while any(left):
+        longest = max(range(len(runs)), key=left.__getitem__)
+        unit = runs[longest].tape[left[longest] - 1].unit
+        here = [i for i, run in enumerate(runs) if left[i] and run.tape[left[i] - 1].unit is unit]
+        order.append((unit, [(runs[i], runs[i].tape[left[i] - 1]) for i in here]))
+        for i in here:
+            left[i] -= 1
+    return order
+
+
 def _graph(heads: list[Any]) -> set[Any]:
     """All nodes of the autograd graph below `heads` that hold something (leaves do not)."""
     stack, seen = [node for node in heads if node is not None], set()
@@ -182,10 +152,24 @@ def _graph(heads: list[Any]) -> set[Any]:
 
 
 class Boundaries:
-    """Patches the boundary modules of all units in place, and takes the patches back on `close`."""
+    """Patches the boundary modules of all units in place, and takes the patches back on `close`.
 
-    def __init__(self, units: list[Unit], device: str) -> None:
+    Args:
+        head: the module whose logits are computed together with the loss, and how; None for none.
+        compiles: blocks run compiled while they train. Their first pass too is then made with a graph, which is
+            dropped: without one it would be compiled apart, and might round or draw random numbers otherwise.
+    """
+
+    def __init__(
+        self,
+        units: list[Unit],
+        device: str,
+        head: tuple[nn.Linear, HeadLoss] | None = None,
+        compiles: bool = False,
+    ) -> None:
         self._device = device
+        self._head = head
+        self._compiles = compiles
         self._patched: list[nn.Module] = []
         for unit in units:
             for module in unit.modules:
@@ -203,7 +187,8 @@ class Boundaries:
                 f"{unit.name}: its forward is already replaced on the instance; wrap the model before other tools do"
             )
         original = module.forward
-        mutable = _MutableBuffers(module)
+        trained = compiled(original) if self._compiles and unit.kind == "block" else original
+        mutable = MutableBuffers(module)
 
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -218,62 +203,29 @@ class Boundaries:
                     f"{unit.name} is called under open saved_tensors_hooks, which a coroutine switch would leak; close "
                     "them around the model's units"
                 )
+            if micro_batch.after_head:
+                raise OffloadError(
+                    f"{unit.name} runs after the head, whose logits were to be computed together with the loss; set "
+                    "train.head_chunks to 0"
+                )
             getcurrent().parent.switch(unit)
-            record, output = _run(unit, module, original, args, kwargs, self._device, micro_batch.keep_graph, mutable)
+            last = micro_batch.keep_graph or not micro_batch.training
+            autocast = torch.is_autocast_enabled(self._device)
+            if self._head is not None and module is self._head[0] and last and not autocast:
+                micro_batch.after_head = True
+                record, output = _stand_in(unit, *self._head, original, args, kwargs, self._device)
+            else:
+                run = trained if module.training else original
+                record, output = _run(
+                    unit, module, run, args, kwargs, self._device, micro_batch, mutable, run is not original
+                )
+            micro_batch.holds = record.nbytes
             if micro_batch.training:
                 micro_batch.tape.append(record)
             return output
 
         module.forward = forward
         self._patched.append(module)
-
-
-@dataclass
-class _Buffer:
-    """A buffer that a unit's forward changed: where it hangs, and a copy of its value before."""
-
-    owner: nn.Module
-    name: str
-    before: Tensor
-
-
-class _MutableBuffers:
-    """Finds the buffers that a unit's forward changes (running statistics), so that running it again changes nothing.
-
-    Every buffer is copied before the first training pass; later only those that were seen to change. Values are
-    compared, because native kernels (batch norm) do not count their writes as versions.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._suspects = [(m, name) for m in module.modules() for name, b in m._buffers.items() if b is not None]
-
-    def copies(self) -> list[tuple[_Buffer, Tensor]]:
-        """Each suspect before a forward: a copy, and the tensor itself."""
-        return [
-            (_Buffer(m, name, b.detach().clone()), b)
-            for m, name in self._suspects
-            if (b := m._buffers[name]) is not None
-        ]
-
-    def changed(self, before: list[tuple[_Buffer, Tensor]], training: bool) -> list[_Buffer]:
-        """Those that the forward wrote to or replaced."""
-        found = [c for c, b in before if c.owner._buffers[c.name] is not b or not torch.equal(b, c.before)]
-        if training:
-            self._suspects = [(c.owner, c.name) for c in found]
-        return found
-
-
-@contextmanager
-def _as_before(changed: list[_Buffer]) -> Iterator[None]:
-    """Run with the buffers' earlier values in place of the present ones, and leave the present ones untouched."""
-    present = [c.owner._buffers[c.name] for c in changed]
-    for c in changed:
-        c.owner._buffers[c.name] = c.before
-    try:
-        yield
-    finally:
-        for c, b in zip(changed, present, strict=True):
-            c.owner._buffers[c.name] = b
 
 
 def _held_tensors(x: Any, depth: int = 2) -> list[Tensor]:
@@ -307,10 +259,11 @@ def _run(
     args: Any,
     kwargs: Any,
     device: str,
-    keep_graph: bool,
-    mutable: _MutableBuffers,
+    micro_batch: MicroBatch,
+    mutable: MutableBuffers,
+    with_graph: bool,
 ) -> tuple[Record, Any]:
-    """Run a unit on detached inputs and turn its outputs into leaves."""
+    """Run a unit on detached inputs and turn its outputs into leaves. `with_graph`: even where none is kept."""
     flat, spec = pytree.tree_flatten((args, kwargs), is_leaf=lambda x: isinstance(x, Cache))
     if any(isinstance(x, Cache) for x in flat):
         raise OffloadError(
@@ -330,9 +283,12 @@ def _run(
     collector = capture.active()
     counts = capture.lengths(collector)
 
-    keep = keep_graph and differentiable
-    inputs = [_detach(x, keep) for x in flat]
-    with torch.set_grad_enabled(keep), _no_autocast_cache():
+    saving = micro_batch.saving if differentiable else None
+    keep = differentiable and (micro_batch.keep_graph or saving is not None)
+    grad = differentiable and (keep or with_graph)
+    inputs = [_detach(x, grad) for x in flat]
+    hooks = saving.hooks(inputs, flat, list(module.buffers()), [b for _, b in before]) if saving else nullcontext()
+    with torch.set_grad_enabled(grad), no_autocast_cache(), hooks:
         call_args, call_kwargs = pytree.tree_unflatten(inputs, spec)
         output = forward(*call_args, **call_kwargs)
 
@@ -373,8 +329,25 @@ def _run(
     storages = {t.untyped_storage() for t in leaves if torch.is_tensor(t)}
     record.nbytes = sum({s.data_ptr(): s.nbytes() for s in storages}.values())
     if keep:
-        record.kept = (inputs, out_flat + kept_side)
+        record.kept, record.saved = (inputs, out_flat + kept_side), saving
     return record, pytree.tree_unflatten(leaves, out_spec)
+
+
+def _stand_in(
+    unit: Unit, head: nn.Linear, loss: HeadLoss, forward: Callable[..., Any], args: Any, kwargs: Any, device: str
+) -> tuple[Record, Tensor]:
+    """The head as the last unit, its logits left to the loss: backward of the loss is backward of this unit too.
+
+    The record has no outputs, only the hidden states that get their gradient from the loss.
+    """
+    flat, spec = pytree.tree_flatten((args, kwargs))
+    (hidden,) = flat
+    state = ThreadState.now(device)
+    leaf = _detach(hidden, state.grad)
+    trainable = unit.trainable or leaf.requires_grad
+    record = Record(unit, forward, flat, spec, state, [], [], None, state.grad and trainable, [hidden._version])
+    record.kept = ([leaf], [])
+    return record, loss.logits(head, leaf)
 
 
 def _backward(record: Record, device: str) -> list[tuple[Tensor, Tensor]]:
@@ -385,7 +358,7 @@ def _backward(record: Record, device: str) -> list[tuple[Tensor, Tensor]]:
                 f"the model changes argument {i} of {record.unit.name} in place after the call, so running it again in "
                 "backward would see other values; make the model work on a copy"
             )
-    with _as_before(record.changed_buffers):
+    with as_before(record.changed_buffers):
         inputs, outputs = record.kept or _run_again(record, device)
         record.kept = None
         leaves = record.leaves + [leaf for _, _, leaf in record.side]
@@ -414,7 +387,7 @@ def _run_again(record: Record, device: str) -> tuple[list[Any], list[Any]]:
     with (
         thread_state(record.state, device),
         torch.enable_grad(),
-        _no_autocast_cache(),
+        no_autocast_cache(),
         capture.recapture(record.collected) as collected,
     ):
         args, kwargs = pytree.tree_unflatten(inputs, record.spec)

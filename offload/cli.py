@@ -101,19 +101,29 @@ def plan(
 def report(
     run_dir: RunDir,
     open_it: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    other: Annotated[
+        Path | None, typer.Option("--compare", metavar="RUN_DIR", help="Put another run beside it: compare.html.")
+    ] = None,
 ) -> None:
     """Rebuild report.html from what the run logged, and print the summary."""
     from offload import report as reporting
     from offload import tables
 
-    data = reporting.build(run_dir)
     console = tables.open_console()
-    console.print(tables.run_table(reporting.summary(data)))
-    console.print(f"report: {data.path / 'report.html'}", highlight=False, soft_wrap=True)
+    if other is None:
+        data = reporting.build(run_dir)
+        page = data.path / "report.html"
+        console.print(tables.run_table(reporting.summary(data)))
+    else:
+        from offload import compare
+
+        page, figures, settings = compare.build(run_dir, other)
+        console.print(compare.table(str(run_dir), str(other), figures, settings))
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
     if open_it:
         import webbrowser
 
-        webbrowser.open((data.path / "report.html").absolute().as_uri())
+        webbrowser.open(page.absolute().as_uri())
 
 
 @app.command()
@@ -129,19 +139,23 @@ def export(run_dir: RunDir, out_dir: Annotated[Path, typer.Argument(metavar="OUT
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     store: Annotated[
-        list[Path] | None, typer.Option(metavar="PATH", help="Measure this store path; may be repeated.")
+        list[Path] | None,
+        typer.Option(
+            metavar="PATH", help="Measure this path, list the stores in it and verify all they hold; may be repeated."
+        ),
     ] = None,
 ) -> None:
-    """What this machine is, what works on it, and what would make it faster."""
+    """What this machine is, what works on it, and what would make it faster. Exit 1 when a store is damaged."""
     from offload import doctor as examination
 
-    found = examination.examine(store or [Path.cwd()])
+    found = examination.examine(store or [Path.cwd()], verify=bool(store))
     if as_json:
         typer.echo(json.dumps(found, indent=1))
     else:
         from offload import tables
 
         tables.open_console().print(examination.render(found))
+    raise typer.Exit(1 if examination.damaged(found) else 0)
 
 
 @app.command()

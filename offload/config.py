@@ -75,6 +75,18 @@ def _int_or_auto(value: object) -> object:
     raise PydanticCustomError("steps", 'accepted: "auto" or a number of steps, 1 or more')
 
 
+def _rows_or_auto(value: object) -> object:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise PydanticCustomError("rows", 'accepted: "auto" or a number of rows, 1 or more')
+
+
+def _count_or_auto(value: object) -> object:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        return value
+    raise PydanticCustomError("chunks", 'accepted: "auto" or a number of chunks, 0 or more')
+
+
 def _path(value: object) -> object:
     return str(value) if isinstance(value, Path) else value
 
@@ -90,6 +102,8 @@ SizeOrAuto = Annotated[
     int | Literal["auto"], BeforeValidator(_size_or_auto), PlainSerializer(_size_text, when_used="json")
 ]
 IntOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_int_or_auto)]
+RowsOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_rows_or_auto)]
+CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)]
 PathText = Annotated[str, BeforeValidator(_path), Field(min_length=1)]
 
 
@@ -123,8 +137,14 @@ class DataConfig(Section):
     )
     sequence_length: Int = Field(default=1024, ge=4, description="tokens per row")
     packing: bool = Field(default=True, description="several samples per row, kept apart by position and mask")
+    padding: bool = Field(default=True, description="false: rows that samples do not fill are left out")
     eval_fraction: Float = Field(default=0.0, ge=0, lt=1, description="share of the samples held back for evaluation")
     eval_path: PathText | None = Field(default=None, description="evaluation data of its own, same format")
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether every row is one sequence from end to end, so that causal attention needs no mask."""
+        return not self.packing and not self.padding
 
     @model_validator(mode="before")
     @classmethod
@@ -154,13 +174,20 @@ class TrainConfig(Section):
         default=1000, ge=0, description="optimizer steps of the run; also the length of the schedule"
     )
     epochs: Float | None = Field(default=None, gt=0, description="instead of steps: passes over the training data")
-    micro_batch_size: Int = Field(default=1, ge=1, description="rows per forward")
+    micro_batch_size: RowsOrAuto = Field(
+        default=1, description="rows per forward; auto: the largest that pays and divides global_batch_size"
+    )
     global_batch_size: Int = Field(
         default=16, ge=1, description="rows per step: dimension 0 of the batch, split in order"
     )
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     max_grad_norm: Float | None = Field(default=1.0, gt=0, description="null: no clipping")
+    head_chunks: CountOrAuto = Field(
+        default="auto",
+        description="parts of a micro-batch's rows for head and loss; 0: the model's own loss, logits whole",
+    )
+    compile: bool = Field(default=False, description="torch.compile of the repeated blocks: equal to rounding only")
     commit_every: IntOrAuto = Field(default="auto", description="steps between durable commits")
     eval_every: Int | None = Field(default=None, ge=1, description="steps; needs data.eval_fraction or data.eval_path")
     report_to: list[Literal["tensorboard", "wandb"]] = Field(default=[], description="also log to these")
@@ -175,14 +202,36 @@ class TrainConfig(Section):
 
 
 class ZoConfig(Section):
-    variant: Literal["sgd"] = "sgd"
+    variant: Literal["sgd", "sign", "momentum", "adam", "sparse", "block", "conservative", "qzo"] = Field(
+        default="sgd", description="what is done along the directions: see docs/zeroth_order.md"
+    )
     eps: Float = Field(default=1.0e-3, gt=0, description="size of the perturbation")
     samples: Int = Field(default=1, ge=1, description="directions per step")
+    weights: Literal["auto", "float32", "bfloat16", "float16", "float8"] = Field(
+        default="auto", description="what weights rest and travel in; auto: model.dtype"
+    )
+    rounding: Literal["nearest", "stochastic"] = Field(
+        default="nearest", description="of updated weights; stochastic keeps small updates alive in few bits"
+    )
+    clip: Float | None = Field(default=None, gt=0, description="largest magnitude of a projected gradient")
+    sparsity: Float = Field(default=0.75, gt=0, lt=1, description="variant sparse: share of the weights left alone")
+    blocks: Int = Field(default=2, ge=1, description="variant block: groups of units that take turns")
+    bits: Literal[4, 8] = Field(default=4, description="variant qzo: bits of a quantized weight")
 
 
 class CxlConfig(Section):
-    node: Int = Field(ge=0, description="NUMA node of the memory")
+    node: Annotated[Int, Field(ge=0)] | list[Annotated[Int, Field(ge=0)]] | None = Field(
+        default=None, description="NUMA node of the memory, several interleaved; null: those without CPUs"
+    )
     size: Size
+    emulate: bool = Field(default=False, description="RAM stands in for the node, slowed down")
+    bandwidth: Size | None = Field(default=None, description="of an emulated node, bytes per second")
+    latency: Float = Field(default=4.0e-7, ge=0, description="of an emulated node, seconds")
+
+    @property
+    def nodes(self) -> list[int] | None:
+        """The nodes that are named, if any."""
+        return [self.node] if isinstance(self.node, int) else self.node
 
 
 class NvmePath(Section):
@@ -201,15 +250,20 @@ class MemoryConfig(Section):
         description="all the run takes in RAM beyond its footprint; on device cpu including the device arena",
     )
     cxl: CxlConfig | None = Field(default=None, description="memory of a NUMA node without CPUs")
+    lock: bool = Field(default=False, description="keep the run's buffers in RAM: never swapped out (mlock)")
     nvme: list[NvmePath] | None = Field(
         default=None, min_length=1, description="several paths are striped; null: one store under <output>/store"
     )
     backend: Literal["auto", "threads", "io_uring", "libaio", "aiofiles"] = "auto"
+    io_timeout: Float = Field(default=120.0, gt=0, description="seconds without progress after which a drive is hung")
 
 
 class PlannerConfig(Section):
     solver: Literal["auto", "mip", "greedy"] = "auto"
     time_limit: Float = Field(default=10, gt=0, description="seconds")
+    activations: Literal["auto", "recompute"] = Field(
+        default="auto", description="auto keeps, swaps or recomputes what autograd saves; recompute does only that"
+    )
 
 
 class Config(Section):
@@ -280,10 +334,11 @@ class Config(Section):
             return [NvmePath(path=absolute(str(Path(self.output) / "store")))]
         return [entry.model_copy(update={"path": absolute(entry.path)}) for entry in self.memory.nvme]
 
-    @property
-    def micro_batches(self) -> int:
-        """M: micro-batches per step."""
-        return self.train.global_batch_size // self.train.micro_batch_size
+    def with_micro_batch_size(self, rows: int | Literal["auto"]) -> Config:
+        """The same run with `train.micro_batch_size` settled, where it is `auto`."""
+        if self.train.micro_batch_size != "auto":
+            return self
+        return self.model_copy(update={"train": self.train.model_copy(update={"micro_batch_size": rows})})
 
 
 def absolute(path: str) -> str:
@@ -329,7 +384,7 @@ def _impossible(cfg: Config) -> Iterable[str]:
         yield "train.steps: got null without train.epochs; give one of them"
     if train.epochs is not None and not data:
         yield f"train.epochs: got {train.epochs:g} without data, so an epoch has no length; give train.steps"
-    if train.global_batch_size % train.micro_batch_size:
+    if train.micro_batch_size != "auto" and train.global_batch_size % train.micro_batch_size:
         yield (
             f"train.global_batch_size: got {train.global_batch_size}, which is not a multiple of "
             f"train.micro_batch_size {train.micro_batch_size}; "
@@ -341,13 +396,23 @@ def _impossible(cfg: Config) -> Iterable[str]:
             "give data.eval_fraction or data.eval_path"
         )
     if train.method == "zo":
-        yield "train.method: got 'zo' (zeroth-order), which is not available yet; accepted: 'full'"
+        yield from _impossible_zo(cfg.zo or ZoConfig())
     elif cfg.zo:
         yield "zo: given with train.method 'full'; this section belongs to method 'zo' only, remove it"
-    if memory.backend not in ("auto", "threads"):
-        yield f"memory.backend: got {memory.backend!r}, which is not available yet; accepted: 'auto' or 'threads'"
-    if memory.cxl:
-        yield f"memory.cxl: got node {memory.cxl.node}; CXL memory is not available yet; accepted: null"
+    if cxl := memory.cxl:
+        if cxl.emulate and cxl.node is not None:
+            yield "memory.cxl.emulate: given together with memory.cxl.node; keep one of them"
+        if bool(cxl.bandwidth) != cxl.emulate:
+            yield "memory.cxl.bandwidth: belongs to memory.cxl.emulate, which needs it; a real node has its own"
     paths = [absolute(entry.path) for entry in memory.nvme or []]
     for path in sorted({p for p in paths if paths.count(p) > 1}):
         yield f"memory.nvme: {path} stands twice; give each path once"
+
+
+def _impossible_zo(zo: ZoConfig) -> Iterable[str]:
+    if zo.variant == "qzo" and zo.weights != "auto":
+        yield f"zo.weights: got {zo.weights!r} with variant 'qzo', whose weights are of zo.bits bits; accepted: 'auto'"
+    if zo.variant == "sparse" and zo.weights == "float8":
+        yield "zo.weights: got 'float8' with variant 'sparse'; accepted: 'auto', 'float32', 'bfloat16' or 'float16'"
+    if zo.rounding == "stochastic" and zo.variant in ("qzo", "conservative"):
+        yield f"zo.rounding: got 'stochastic' with variant {zo.variant!r}; accepted: 'nearest'"

@@ -21,8 +21,6 @@ from transformers.core_model_loading import (
     PrefixChange,
     WeightConverter,
     WeightRenaming,
-    apply_converters,
-    apply_renamings,
     dot_natural_key,
     rename_source_key,
 )
@@ -55,7 +53,7 @@ class Conversion:
                 "their number or shapes do not belong to this configuration"
             ) from error
         return {
-            apply_renamings(name, self.renamings): value[0] if isinstance(value, list) else value
+            _renamed(name, self.renamings): value[0] if isinstance(value, list) else value
             for name, value in results.items()
         }
 
@@ -125,14 +123,20 @@ def save_rules(model: PreTrainedModel, names: list[str]) -> SaveRules:
     rules = SaveRules()
     groups: dict[str, Conversion] = {}
     for name in sorted(names, key=dot_natural_key):
-        target, pattern = apply_converters(name, converters)
+        target, pattern = rename_source_key(name, [], converters)
         if pattern is None:
-            rules.direct[apply_renamings(name, renamings)] = name
+            rules.direct[_renamed(name, renamings)] = name
         else:
             group = groups.setdefault(target, Conversion(by_pattern[pattern], target, renamings=renamings))
             group.sources.append((pattern, name))
     rules.conversions = list(groups.values())
     return rules
+
+
+def _renamed(name: str, renamings: list[WeightRenaming]) -> str:
+    # 5.23 has a function for this alone, 5.17 has not.
+    renamed: str = rename_source_key(name, renamings, [])[0]
+    return renamed
 
 
 def ignorable_missing(model: PreTrainedModel) -> Callable[[str], bool]:

@@ -14,6 +14,8 @@ Rules:
 - *tokens*: `input_ids`, and `labels` if given. Rows with labels are packed whole, rows without are filled as text is;
   longer ones are cut into windows.
 
+With `padding` off, rows that are not filled to the end are left out.
+
 A packed row has `position_ids` that start again at 0 for every piece and no `attention_mask`: from that, transformers
 builds masks in which documents do not see each other, provided the model keeps no cache (`use_cache=False`). Padding
 at the end of a packed row is position 0, each pad token a sequence of its own.
@@ -54,6 +56,7 @@ class DataConfig(Protocol):
     tokenizer: Any
     sequence_length: Any
     packing: Any
+    padding: Any
     eval_fraction: Any
     eval_path: Any
 
@@ -120,6 +123,9 @@ def open_dataset(
         held_out = opener.samples(eval_tokens, _Split(eval_tokens, 0.0, seed, cuttable=False).train, "all")
     elif fraction:
         held_out = opener.samples(tokens, split.eval, f"eval:{seed}:{fraction}")
+    for part, samples in (("", train), ("eval: ", held_out)):
+        if samples is not None and samples.left_out:
+            notes.append(f"{part}{samples.left_out} rows that samples do not fill are left out")
     return Dataset(train, held_out, tokenizer, notes)
 
 
@@ -190,22 +196,31 @@ class _Opener:
         """Rows of those `documents` that `part` names."""
         cfg = self.cfg
         has_labels = bool(tokens.meta["has_labels"])
-        name = _key("rows", tokens.directory.name, cfg.sequence_length, bool(cfg.packing), part)
+        name = _key("rows", tokens.directory.name, cfg.sequence_length, bool(cfg.packing), bool(cfg.padding), part)
 
         def counted(piece: Piece) -> bool:
             return bool((tokens.arrays["labels"].read(*piece)[1:] != IGNORE).any())
 
         def build(writers: dict[str, FlatWriter]) -> dict[str, Any]:
-            total = pieces = 0
+            total = pieces = left_out = 0
             writers["rows"].append([0])
             for row in pack(documents(), cfg.sequence_length, packing=cfg.packing, whole=has_labels, counted=counted):
+                filled = sum(length for _, length in row)
+                if not cfg.padding and filled < cfg.sequence_length:
+                    left_out += 1
+                    continue
                 writers["pieces"].append(np.asarray(row).ravel())
                 pieces += len(row)
-                total += sum(length for _, length in row)
+                total += filled
                 writers["rows"].append([pieces])
+            if not pieces and left_out:
+                raise DataError(
+                    f"data.path: {cfg.path}: no sample fills a row of {cfg.sequence_length} tokens; set a shorter "
+                    "data.sequence_length, or data.padding to true"
+                )
             if not pieces:
                 raise DataError(f"data.path: {cfg.path}: no row with a counted token")
-            return {"tokens": total}
+            return {"tokens": total, "left_out": left_out}
 
         pad_id = 0
         if self.tokenizer is not None:

@@ -7,27 +7,44 @@ and the lane's thread waits for it, which blocks neither the compute stream nor 
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import threading
+import time
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from offload.io import HostBuffer, Ledger, allocate
-from offload.planner.memory import KERNEL_CACHE_CAPACITY
+from offload.heap import Heap
+from offload.io import HostBuffer, Ledger, allocate, lock
+from offload.planner.memory import KERNEL_CACHE_CAPACITY, MMAP_THRESHOLD
+from offload.trace import Clock
+
+log = logging.getLogger(__name__)
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
-# Larger blocks are mapped and unmapped one by one; the heap gives back more than this at its end.
-_MALLOC_BYTES = 1 << 20
+
+# The main thread, and the lanes that work rather than wait: the gradient's, with its norms, and the store's checksums.
+_OTHER_LANES = 3
+# AdamW is bound by memory; beyond these few cores fill the channels of any machine with one GPU.
+_MOST_OPTIMIZER_THREADS = 12
 
 
 class Device(Protocol):
-    """Memory of the device tier, and copies between it and the host."""
+    """Memory of the device tier, and copies between it and the host.
+
+    `in_host_memory`: the host reads and writes device memory itself, so nothing needs to be staged.
+    `clock`: of a device that computes beside the main thread; None where a launch returns when it is done.
+    `heap`: of the framework's tensors, where the device is host memory.
+    """
 
     name: str
+    in_host_memory: bool
+    clock: Clock | None
+    heap: Heap
 
     def allocate(self, nbytes: int, ledger: Ledger, category: str) -> Tensor:
         """Reserve `nbytes` on the device for the whole run: a 1-D uint8 tensor."""
@@ -58,17 +75,23 @@ class CpuDevice:
     """The CPU as device: an arena in RAM."""
 
     name = "cpu"
+    in_host_memory = True
+    clock: Clock | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, locked: bool = False) -> None:
         self._buffers: list[HostBuffer] = []
+        self._locked = locked
+        self.heap = Heap(used=True)
 
     def allocate(self, nbytes: int, ledger: Ledger, category: str) -> Tensor:
         buffer = allocate(nbytes, ledger, tier="gpu", category=category)
         self._buffers.append(buffer)
+        self.pin(buffer.tensor)
         return buffer.tensor[:nbytes]
 
     def pin(self, buffer: Tensor) -> None:
-        pass  # host memory is the device's own
+        if self._locked:  # else nothing to do: host memory is the device's own
+            lock(buffer)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         target.copy_(source)
@@ -96,22 +119,33 @@ def keep_to_the_plan() -> None:
         os.environ.setdefault(name, str(KERNEL_CACHE_CAPACITY))
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc only
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _MALLOC_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, _MALLOC_BYTES)
+        mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+        mallopt(_M_TRIM_THRESHOLD, MMAP_THRESHOLD)
 
 
 class CudaDevice:
-    """One CUDA device; copies run on a stream per calling thread, beside the compute stream."""
+    """The current CUDA device; copies run on a stream per calling thread, beside the compute stream.
+
+    Waiting threads sleep (blocking events): by default the driver spins, which would take a core from the optimizer for
+    every lane. Lanes name the device in all they do, because the current device is each thread's own.
+    """
 
     name = "cuda"
+    in_host_memory = False
 
     def __init__(self) -> None:
-        self._streams = threading.local()
+        self.heap = Heap(used=False)
+        self._index = torch.cuda.current_device()
+        self.clock: Clock | None = StreamClock(self._index)
+        self._lanes = threading.local()
         self._pinned: list[Tensor] = []
+        # What planning has tried out is over: its cached blocks would count as the run's memory, and its peak too.
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self._index)
 
     def allocate(self, nbytes: int, ledger: Ledger, category: str) -> Tensor:
         ledger.add("gpu", category, nbytes)
-        return torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+        return torch.empty(nbytes, dtype=torch.uint8, device=torch.device("cuda", self._index))
 
     def pin(self, buffer: Tensor) -> None:
         error = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)
@@ -123,15 +157,17 @@ class CudaDevice:
         self._pinned.append(buffer)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        if not hasattr(self._streams, "stream"):
-            self._streams.stream = torch.cuda.Stream()
-        with torch.cuda.stream(self._streams.stream):
+        if not hasattr(self._lanes, "stream"):
+            self._lanes.stream = torch.cuda.Stream(self._index)
+            self._lanes.done = torch.cuda.Event(blocking=True)
+        with torch.cuda.stream(self._lanes.stream):
             target.copy_(source, non_blocking=True)
-        self._streams.stream.synchronize()
+        self._lanes.done.record(self._lanes.stream)
+        self._lanes.done.synchronize()
 
     def mark(self) -> torch.cuda.Event:
-        event = torch.cuda.Event()
-        event.record()
+        event = torch.cuda.Event(blocking=True)
+        event.record(torch.cuda.current_stream(self._index))
         return event
 
     def wait(self, mark: torch.cuda.Event | None) -> None:
@@ -140,13 +176,40 @@ class CudaDevice:
 
     def close(self) -> None:
         for buffer in self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+            error = torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+            if int(error) != 0:
+                log.warning("cudaHostUnregister of %d bytes failed with CUDA error %d", buffer.numel(), int(error))
         self._pinned.clear()
 
 
-def open_device(name: str) -> Device:
-    """The device called "cpu" or "cuda"."""
-    return CudaDevice() if name == "cuda" else CpuDevice()
+class StreamClock:
+    """When the compute stream passed its marks: timing events, read against one of which the time is known."""
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True, blocking=True)
+        event.record(torch.cuda.current_stream(self._index))
+        return event
+
+    def read(self, marks: list[torch.cuda.Event]) -> list[float]:
+        last = self.mark()
+        last.synchronize()
+        now = time.perf_counter()
+        return [now - mark.elapsed_time(last) / 1e3 for mark in marks]
+
+
+def open_device(name: str, locked: bool = False) -> Device:
+    """The device called "cpu" or "cuda". `locked` keeps host memory from being swapped out (CUDA's pinning does so
+    anyway)."""
+    return CudaDevice() if name == "cuda" else CpuDevice(locked)
+
+
+def optimizer_threads(device: str) -> int:
+    """How many threads the optimizer's lane works with: beside a GPU, the cores that no other lane needs; on the CPU
+    compute has the others."""
+    return 1 if device == "cpu" else max(1, min(_MOST_OPTIMIZER_THREADS, len(os.sched_getaffinity(0)) - _OTHER_LANES))
 
 
 def limit_lane_threads() -> None:

@@ -7,6 +7,11 @@ class OffloadError(Exception):
     exit_code = 1
 
 
+def described(error: BaseException) -> str:
+    """An error in one text: its kind, and its message if it has one."""
+    return ": ".join(filter(None, (type(error).__name__, str(error))))
+
+
 class ConfigError(OffloadError):
     """The configuration is wrong; nothing was written."""
 

@@ -45,14 +45,16 @@ def measure(model_type: str) -> int:
 
 
 def toy(model_type: str) -> None:
-    """Import what a run imports; one optimizer step of a two-layer `model_type` in plain PyTorch, on the CPU."""
+    """Import what a run imports; one optimizer step of a two-layer `model_type` in plain PyTorch, on CUDA if there is
+    a device."""
     import torch
     from transformers import PreTrainedConfig
 
     import offload.train  # noqa: F401  (what the run imports)
-    from offload import models
+    from offload import adamw_jit, models
     from offload.config import ModelConfig
 
+    adamw_jit.load()  # a compiler, where one is installed
     defaults = models.config_from_architecture({"model_type": model_type})
     parts = {name: getattr(defaults, name, None) for name in getattr(defaults, "sub_configs", {})}
     small: dict[str, Any] = {k: _small(v) for k, v in parts.items() if isinstance(v, PreTrainedConfig)}
@@ -60,9 +62,11 @@ def toy(model_type: str) -> None:
     described = ModelConfig(architecture={"model_type": model_type, **small}, dtype="float32")
     on_meta = models.build(described)
     torch.manual_seed(0)
-    model = type(on_meta)(on_meta.config)
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # the driver and its libraries take RAM too
+    model: Any = type(on_meta)(on_meta.config)
+    model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    ids = torch.arange(64).remainder(500).reshape(1, 64)
+    ids = torch.arange(64, device=device).remainder(500).reshape(1, 64)
     decoder = {"decoder_input_ids": ids} if on_meta.config.is_encoder_decoder else {}
     loss = model(input_ids=ids, labels=ids, **decoder).loss
     loss.backward()

@@ -1,10 +1,11 @@
 """Gradients on their way out: summed per unit on the device, leaving it once per step.
 
-    autograd ──hook──► device slot (sum over micro-batches) ──copy──► landing (fp32, host) ─┬─► optimizer update
-                                                                                            ├─► gradient home (RAM)
-                                                                                            └─► spilled to the store
+    autograd ──hook──► device slot (sum over micro-batches) ──copy──► landing (host) ─┬─► optimizer update
+                                                                                      ├─► gradient home (RAM, CXL)
+                                                                                      └─► spilled to the store
 
-Each parameter has its own place in the slot; one that got no gradient is left out of everything, as PyTorch skips it.
+On a CPU the slot is host memory itself and nothing lands elsewhere. Each parameter has its own place in the slot; one
+that got no gradient is left out of everything, as PyTorch skips it.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from offload.device import Device, limit_lane_threads
 from offload.errors import OffloadError
-from offload.io import Priority, Request, Ring
+from offload.io import Priority, Ring, copy, first_non_finite
 from offload.state import UnitState
 from offload.trace import Trace
 from offload.units import Unit
+from offload.update_chunk import Countdown
 
-# Writes in flight for one spilled unit; the staging ring keeps the rest for the weight lane.
-WRITES_BEHIND = 2
+# Bytes of one write request of a spilled gradient.
+_SPILL_BYTES = 8 << 20
 # Seconds between two looks at whether the lane has failed, while compute waits for it.
 _LOOK_SECONDS = 0.5
 # Elements added at a time where the dtypes differ: the widened copy stays in a core's cache.
@@ -60,22 +62,29 @@ def _accumulate(target: Tensor, gradient: Tensor) -> None:
         part.add_(addend)
 
 
+def _refuse_non_finite(name: str, gradient: Tensor) -> None:
+    """Raise OffloadError if a value is infinite or NaN."""
+    bad = first_non_finite(f"the gradient of {name}", gradient)
+    if bad is not None:
+        raise OffloadError(f"{bad}; nothing of this step is committed: lower the learning rate, or look at its batch")
+
+
 class GradientStream:
     """Sums gradients in device slots and drains each unit's once, on a lane of its own.
 
     Args:
         slots: free device buffers by group ("block", "large", "held/<unit>", "resident").
-        keep: gradients wait in their home (RAM or store) for the global norm; otherwise `update` takes each at once.
-        update: called on the lane with (gradient, landing, done) when `keep` is false; it must call `done()` when the
-            landing buffer may be reused.
+        keep: gradients wait in their home (RAM or store) for the global norm.
+        landing: host buffers of the largest unit's gradient; None where the device is host memory.
+        update: called on the lane with (gradient, host, done) for units that are closed with `update`: `host` is the
+            summed gradient as 1-D bytes, read only; `done()` must be called when it may be reused.
     """
 
     def __init__(
         self,
         states: Sequence[UnitState],
         slots: dict[str, list[Tensor]],
-        landing: Ring,
-        staging: Ring,
+        landing: Ring | None,
         dtype: torch.dtype,
         device: Device,
         keep: bool,
@@ -85,7 +94,6 @@ class GradientStream:
     ) -> None:
         self._states = states
         self._landing = landing
-        self._staging = staging
         self._dtype = dtype
         self._device = device
         self._keep = keep
@@ -104,37 +112,42 @@ class GradientStream:
         self._failed: BaseException | None = None
         self._lane = ThreadPoolExecutor(1, thread_name_prefix="d2h", initializer=limit_lane_threads)
         self._hooks = []
+        self._places: dict[int, tuple[Unit, str, int]] = {}  # by id of the parameter
         for state in states:
             for parameter, slot in zip(state.unit.parameters, state.unit.layout.params, strict=True):
                 if slot.trainable:
-                    self._hooks.append(
-                        parameter.register_post_accumulate_grad_hook(self._sink(state.unit, slot.name, slot.offset))
-                    )
+                    self._places[id(parameter)] = state.unit, slot.name, slot.offset
+                    self._hooks.append(parameter.register_post_accumulate_grad_hook(self._add))
 
     def open(self, unit: Unit) -> None:
         """Give the unit a slot for its gradient, if it has none yet; waits for a slot that is being drained."""
         if not unit.trainable or unit.index in self._open:
             return
         group = self._group(unit)
-        with self._trace.span("stall", f"gradient slot for {unit.name}"):
+        with self._trace.stall("gradient slot", unit.name):
             buffer = self._take(group, unit)
         self._open[unit.index] = _Open(UnitGradient(unit), buffer, group)
 
-    def close_unit(self, unit: Unit) -> None:
-        """No more gradients will come for this unit in this step: drain its slot."""
+    def is_open(self, unit: Unit) -> bool:
+        """Whether the unit has a slot in which gradients are being summed."""
+        return unit.index in self._open
+
+    def close_unit(self, unit: Unit, update: bool = False) -> None:
+        """No more gradients will come for this unit in this step: drain its slot, and update the unit at once."""
         entry = self._open.pop(unit.index, None)
         if entry is not None:
             if unit.index in self._drained:
                 raise OffloadError(f"{unit.name} was visited again in backward after its gradient had left")
             self._drained.add(unit.index)
-            self._draining.append(self._lane.submit(self._drain, entry, self._device.mark()))
+            self._draining.append(self._lane.submit(self._drain, entry, self._device.mark(), update))
 
     def finish(self) -> dict[int, UnitGradient]:
         """Drain what is still open and wait for all drains; returns the step's gradients by unit index."""
         for index in list(self._open):
             self.close_unit(self._states[index].unit)
-        for future in self._draining:
-            future.result(self._timeout)
+        with self._trace.stall("gradients", "the last units"):
+            for future in self._draining:
+                future.result(self._timeout)
         self._draining.clear()
         self._drained.clear()
         found, self._finished = self._finished, {}
@@ -171,32 +184,42 @@ class GradientStream:
             if future.done():
                 future.result()
 
-    def _sink(self, unit: Unit, name: str, offset: int) -> Callable[[Tensor], None]:
-        def add(parameter: Tensor) -> None:
-            gradient = parameter.grad
-            assert gradient is not None
-            if gradient.is_sparse:
-                raise OffloadError(f"{name} has a sparse gradient; make its embedding dense (sparse=False)")
-            entry = self._open.get(unit.index)
-            if entry is None:
-                raise OffloadError(f"{name} got a gradient outside the backward of its unit {unit.name}")
-            target = entry.buffer.view(self._dtype)[offset : offset + gradient.numel()].view(gradient.shape)
-            if name in entry.gradient.present:
-                _accumulate(target, gradient)
-            else:
-                target.copy_(gradient)
-                entry.gradient.present.add(name)
-            parameter.grad = None
+    def slot(self, parameter: nn.Parameter) -> tuple[Tensor, bool]:
+        """Where the parameter's gradient is summed (its shape, the gradient dtype), and whether there is a sum already.
 
-        return add
+        For a backward that writes its gradient there itself, at once. Raises OffloadError outside the backward of the
+        parameter's unit.
+        """
+        unit, name, offset = self._places[id(parameter)]
+        entry = self._open.get(unit.index)
+        if entry is None:
+            raise OffloadError(f"{name} got a gradient outside the backward of its unit {unit.name}")
+        present = name in entry.gradient.present
+        entry.gradient.present.add(name)
+        return entry.buffer.view(self._dtype)[offset : offset + parameter.numel()].view(parameter.shape), present
+
+    def _add(self, parameter: Tensor) -> None:
+        gradient = parameter.grad
+        if gradient is None:  # its backward has written to the slot itself
+            return
+        assert isinstance(parameter, nn.Parameter)
+        if gradient.is_sparse:
+            _, name, _ = self._places[id(parameter)]
+            raise OffloadError(f"{name} has a sparse gradient; make its embedding dense (sparse=False)")
+        target, present = self.slot(parameter)
+        if present:
+            _accumulate(target, gradient)
+        else:
+            target.copy_(gradient)
+        parameter.grad = None
 
     # ---- the lane's thread ----
 
-    def _drain(self, entry: _Open, mark: torch.cuda.Event | None) -> None:
+    def _drain(self, entry: _Open, mark: torch.cuda.Event | None, update: bool) -> None:
         try:
             if self._failed is not None:  # its buffers are lost to the rings: nobody may wait for them
                 raise self._failed
-            self._drain_now(entry, mark)
+            self._drain_now(entry, mark, update)
         except BaseException as error:
             self._failed = error
             self._release(entry)  # the main thread may wait for a slot; it sees the error in `finish`
@@ -205,70 +228,64 @@ class GradientStream:
     def _release(self, entry: _Open) -> None:
         if not entry.released:
             entry.released = True
-            self._free[entry.group].put(entry.buffer)
+            free = self._free.get(entry.group)
+            if free is not None:  # else closed: an update that a failed step left behind ends now
+                free.put(entry.buffer)
 
-    def _drain_now(self, entry: _Open, mark: torch.cuda.Event | None) -> None:
+    def _drain_now(self, entry: _Open, mark: torch.cuda.Event | None, update: bool) -> None:
         unit, gradient = entry.gradient.unit, entry.gradient
         state = self._states[unit.index]
         self._device.wait(mark)
-        landing = self._landing.acquire(self._timeout)
-        flat = landing.view(torch.float32)
-        with self._trace.span("d2h", unit.name, unit.layout.trainable_elements * self._dtype.itemsize):
-            summed = entry.buffer.view(self._dtype)
+        nbytes = unit.layout.trainable_elements * self._dtype.itemsize
+        host, done = self._landed(entry, update)
+        summed = host.view(self._dtype)
+        with self._trace.span("d2h", f"norms of {unit.name}"):
             for slot in unit.layout.params:
                 if slot.name in gradient.present:
-                    part = slice(slot.offset, slot.offset + slot.numel)
-                    self._land(flat[part], summed[part])
+                    part = summed[slot.offset : slot.offset + slot.numel]
                     # The norm of the whole parameter, as clip_grad_norm_ takes it: its rounding depends on the length.
-                    gradient.norms[slot.name] = torch.linalg.vector_norm(flat[part])
-        self._release(entry)
+                    norm = gradient.norms[slot.name] = torch.linalg.vector_norm(part, dtype=torch.float32)
+                    if not torch.isfinite(norm):  # or finite values whose squares overflow, as plain PyTorch has it
+                        _refuse_non_finite(slot.name, part)
         self._finished[unit.index] = gradient
-        if not self._keep:
-            self._update(gradient, landing, lambda: self._landing.release(landing))
-            return
-        try:
-            if state.gradient_home is not None:
-                home = state.gradient_home.view(self._dtype)
-                home[: unit.layout.trainable_elements].copy_(flat[: unit.layout.trainable_elements])
-            else:
-                self._spill(state, flat)
-        finally:  # writes leave from staging, so nothing needs the landing buffer any more
-            self._landing.release(landing)
+        users = Countdown(self._keep + update, done)
+        if update:
+            self._update(gradient, host, users.down)
+        if self._keep:
+            try:
+                home = state.gradient_home
+                if home is None:
+                    self._spill(state, host)
+                elif home is not host:
+                    copy(home[:nbytes], host[:nbytes], state.tiers["grad"])
+            finally:
+                users.down()
 
-    def _land(self, target: Tensor, source: Tensor) -> None:
-        """Device slot to landing, widened to float32."""
-        if self._device.name == "cpu":
-            target.copy_(source)
-            return
-        stage = self._staging.acquire(self._timeout)
-        pinned = stage.view(self._dtype)
-        for at in range(0, source.numel(), pinned.numel()):
-            part = source[at : at + pinned.numel()]
-            self._device.copy(pinned[: part.numel()], part)
-            target[at : at + part.numel()].copy_(pinned[: part.numel()])
-        self._staging.release(stage)
+    def _landed(self, entry: _Open, update: bool) -> tuple[Tensor, Callable[[], None]]:
+        """The summed gradient on the host, and what gives its buffer back.
 
-    def _spill(self, state: UnitState, flat: Tensor) -> None:
-        """Landing to the store, in the dtype the gradients were summed in: nothing is lost."""
+        One that only waits for the norm lands in its home; an update needs the landing buffer, which nothing refills
+        under it.
+        """
+        if self._landing is None:
+            return entry.buffer, lambda: self._release(entry)
+        unit, ring = entry.gradient.unit, self._landing
+        home = self._states[unit.index].gradient_home if self._keep and not update else None
+        landing = ring.acquire(self._timeout) if home is None else home
+        nbytes = unit.layout.trainable_elements * self._dtype.itemsize
+        with self._trace.span("d2h", unit.name, nbytes):
+            self._device.copy(landing[:nbytes], entry.buffer[:nbytes])
+        self._release(entry)
+        return landing, (lambda: ring.release(landing)) if home is None else (lambda: None)
+
+    def _spill(self, state: UnitState, host: Tensor) -> None:
+        """The gradient to the store, in the dtype it was summed in: nothing is lost."""
         key = state.key("grad")
-        chunk = self._staging.nbytes
         total = state.store.padded(key)
-        elements = state.unit.layout.trainable_elements
-        flying: list[tuple[Request, Tensor]] = []
-        for at in range(0, total, chunk):
-            if len(flying) == WRITES_BEHIND:
-                self._written(flying.pop(0))
-            buffer = self._staging.acquire(self._timeout)
-            part = buffer[: min(chunk, total - at)]
-            first = at // self._dtype.itemsize
-            count = min(elements - first, part.numel() // self._dtype.itemsize)
-            part.view(self._dtype)[:count].copy_(flat[first : first + count])
-            flying.append((state.store.write(key, at, part, Priority.WRITE), buffer))
-        for entry in flying:
-            self._written(entry)
+        requests = [
+            state.store.write(key, at, host[at : min(at + _SPILL_BYTES, total)], Priority.WRITE)
+            for at in range(0, total, _SPILL_BYTES)
+        ]
+        for request in requests:
+            request.wait()
         state.store.publish(key)
-
-    def _written(self, entry: tuple[Request, Tensor]) -> None:
-        request, buffer = entry
-        request.wait()
-        self._staging.release(buffer)

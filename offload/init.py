@@ -35,7 +35,7 @@ data:
 train:
   method: full
   steps: 1000                 # or epochs: 3
-  micro_batch_size: 1         # rows per forward: raise it until the plan no longer fits
+  micro_batch_size: 1         # rows per forward; auto: the planner takes the largest that pays
   global_batch_size: 16       # rows per step; more rows spread the cost of moving the weights
   optimizer: {name: adamw, lr: 1.0e-5, betas: [0.9, 0.999], eps: 1.0e-8, weight_decay: 0.0}
   schedule: {name: cosine, warmup_steps: 50}     # cosine | linear | constant
@@ -49,6 +49,8 @@ memory:                       # hard budgets; auto: what this machine has, less 
   device: auto                # {{ device }}
   gpu: auto                   # {{ gpu }}
   cpu: auto                   # {{ cpu }}
+  # Memory on CXL cards (NUMA nodes without CPUs), if there is any: docs/config.md
+  # cxl: {size: 64GiB}
   # The store of weights and optimizer state. Default: <output>/store. Give the fastest SSDs, several are striped:
   # nvme: [{path: /mnt/nvme0/offload, size: 500GiB}]
   # here: {{ disk }}

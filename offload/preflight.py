@@ -9,7 +9,7 @@ import importlib.util
 import tempfile
 from pathlib import Path
 
-from offload.config import Config, absolute, is_local
+from offload.config import Config, CxlConfig, absolute, is_local
 from offload.errors import ConfigError
 
 _FILES = "a .jsonl, .json, .parquet or .txt file, a directory of them, or a hub data set id"
@@ -29,6 +29,7 @@ def check(cfg: Config, *, model_given: bool = False, data_given: bool = False) -
         *_model(cfg, model_given),
         *_data(cfg, data_given),
         *_device(cfg),
+        *_cxl(cfg.memory.cxl),
         *_directories(cfg),
         *_report_to(cfg),
     ]
@@ -66,6 +67,18 @@ def _device(cfg: Config) -> list[str]:
 
         if not torch.cuda.is_available():
             return ["memory.device: got 'cuda', but PyTorch finds no CUDA device here; accepted: 'cpu' or 'auto'"]
+    return []
+
+
+def _cxl(cxl: CxlConfig | None) -> list[str]:
+    if cxl is None or cxl.emulate:
+        return []
+    from offload.host_tiers import available_nodes
+
+    try:
+        available_nodes(cxl)
+    except ConfigError as error:
+        return [str(error)]
     return []
 
 

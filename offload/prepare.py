@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import torch
 from torch import nn
 
-from offload import models
+from offload import models, rates
+from offload.compiled import refuse_without_compilers
 from offload.config import Config
-from offload.device import keep_to_the_plan
+from offload.device import keep_to_the_plan, optimizer_threads
 from offload.errors import ConfigError, OffloadError
-from offload.planner import Budgets, Hardware, Plan, UnitProfile, Workload, make_plan, probe
-from offload.planner.profile import profile_model
+from offload.head_loss import HeadLoss, find_head
+from offload.host_tiers import host_tiers, with_rates
+from offload.io import HostTier
+from offload.planner import Budgets, Hardware, Plan, UnitProfile, Workload, ZerothOrder, make_plan, probe
+from offload.planner.micro_batch import largest_that_pays, noted
+from offload.planner.profile import Head, profile_model
+from offload.planner.timed import timed
 from offload.units import Unit, find_units
+from offload.zo_formats import freeze_unquantized
+from offload.zo_pieces import Pieces, make_pieces
 
 # What is planned for when the config has no data section: batches then come from the caller.
 DEFAULT_SEQUENCE_LENGTH = 1024
@@ -24,11 +34,17 @@ DEFAULT_SEQUENCE_LENGTH = 1024
 UNKNOWN_STEPS = 1_000_000
 # GPU memory that `memory.gpu: auto` leaves to the CUDA context and libraries.
 GPU_ROOM = 1 << 30
+_DTYPES: dict[torch.dtype, Literal["bfloat16", "float16", "float32"]] = {
+    torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32",
+}  # fmt: skip
 
 
 @dataclass
 class Prepared:
-    """A model cut into units and a plan for it; nothing is written yet."""
+    """A model cut into units and a plan for it; nothing is written yet.
+
+    `config` is the one that was given, but for `train.micro_batch_size: auto`, which is the planner's choice here.
+    """
 
     config: Config
     model: nn.Module
@@ -38,7 +54,14 @@ class Prepared:
     plan: Plan
     device: str
     dtype: torch.dtype
-    store_budgets: tuple[tuple[str, int], ...]  # bytes per store path, `auto` resolved
+    budgets: Budgets  # bytes, `auto` resolved
+    tiers: dict[str, HostTier]  # host memories that homes and activations may lie in, by name
+    zo: Pieces | None = None  # train.method zo: how weights rest, and the arithmetic on them
+
+    @property
+    def store_budgets(self) -> tuple[tuple[str, int], ...]:
+        """Bytes per store path."""
+        return self.budgets.nvme
 
     @property
     def gradient_dtype(self) -> torch.dtype:
@@ -57,6 +80,8 @@ def prepare(cfg: Config, model: nn.Module | None = None, hardware: Hardware | No
     if model is None and cfg.model is None:
         raise ConfigError("model: missing; give model.path, model.architecture, or a model to offload.wrap")
     device = device_name(cfg, hardware)
+    if cfg.train.compile and hardware is None:
+        refuse_without_compilers(device)
     if device == "cpu":
         keep_to_the_plan()
     if model is None:
@@ -70,13 +95,37 @@ def prepare(cfg: Config, model: nn.Module | None = None, hardware: Hardware | No
             if getattr(module, "gradient_checkpointing", False):
                 module.gradient_checkpointing = False  # type: ignore[assignment]
     dtype = compute_dtype(cfg, model)
+    if cfg.train.method == "zo" and cfg.zo is not None and cfg.zo.variant == "qzo":
+        freeze_unquantized(model)
     units = find_units(model)
-    workload = _workload(cfg, model, units, dtype, device)
+    zo = make_pieces(cfg, dtype, device) if cfg.train.method == "zo" else None
+    here = hardware is None
     if hardware is None:
-        hardware = probe(device, [Path(p.path) for p in cfg.store_paths()])
-    budgets = _budgets(cfg, hardware, device)
+        optimizer = partial(rates.adamw, threads=optimizer_threads(device))
+        hardware = probe(device, [Path(p.path) for p in cfg.store_paths()], adamw=optimizer)
+    tiers = host_tiers(cfg.memory.cxl, here)
+    hardware = with_rates(hardware, tiers.get("cxl"), here)
+    budgets, machine = _budgets(cfg, hardware, device), hardware
+    known: dict[int, Workload] = {}
+
+    def workload_of(rows: int) -> Workload:
+        if rows not in known:
+            known[rows] = _workload(cfg, model, units, dtype, device, machine if here else None, zo, rows)
+        return known[rows]
+
+    size = cfg.train.micro_batch_size
+    rows = size if size != "auto" else largest_that_pays(
+        cfg.train.global_batch_size, lambda n: make_plan(workload_of(n), budgets, machine, "greedy")
+    )  # fmt: skip
+    workload = workload_of(rows)
     plan = make_plan(workload, budgets, hardware, cfg.planner.solver, cfg.planner.time_limit)
-    return Prepared(cfg, model, units, workload, hardware, plan, device, dtype, budgets.nvme)
+    if "cxl" in tiers:
+        plan = replace(plan, notes=(*plan.notes, f"CXL memory: {tiers['cxl'].describe()}"))
+    if size == "auto":
+        plan = noted(plan, cfg.train.global_batch_size, rows)
+        cfg = cfg.with_micro_batch_size(rows)
+    workload = workload.in_chunks(plan.head_chunks) if plan.head_chunks else workload
+    return Prepared(cfg, model, units, workload, hardware, plan, device, dtype, budgets, tiers, zo)
 
 
 def device_name(cfg: Config, hardware: Hardware | None = None) -> str:
@@ -103,21 +152,35 @@ def compute_dtype(cfg: Config, model: nn.Module) -> torch.dtype:
     return dtype
 
 
-def _workload(cfg: Config, model: nn.Module, units: list[Unit], dtype: torch.dtype, device: str) -> Workload:
+def _workload(
+    cfg: Config,
+    model: nn.Module,
+    units: list[Unit],
+    dtype: torch.dtype,
+    device: str,
+    here: Hardware | None,
+    zo: Pieces | None,
+    rows: int,
+) -> Workload:
+    """The step's workload with micro-batches of `rows`; on this machine (`here`) its units are timed, for another one
+    they are counted."""
     integer = [n for n, p in model.named_parameters() if not p.is_floating_point()]
     if integer:
         raise ConfigError(
             f"model: {integer[0]} holds integers; quantized models cannot be trained here, load it in bfloat16"
         )
     length = _sequence_length(cfg, model)
+    modules = [(u.name, u.kind, u.modules) for u in units]
+    backward = zo is None
     profile = profile_model(
-        model,
-        [(u.name, u.kind, u.modules) for u in units],
-        micro_batch=cfg.train.micro_batch_size,
-        sequence_length=length,
-        dtype=dtype,
-        device=device,
-    )
+        model, modules, micro_batch=rows, sequence_length=length, dtype=dtype, device=device, backward=backward,
+        head=_head(cfg, model, units) if backward else None, whole_rows=cfg.data is not None and cfg.data.whole_rows,
+    )  # fmt: skip
+    if here is not None:
+        profile = timed(
+            profile, model, modules, here,
+            micro_batch=rows, sequence_length=length, dtype=dtype, device=device, backward=backward,
+        )  # fmt: skip
     profiles = []
     for unit in units:
         cost = profile.costs[unit.name]
@@ -135,21 +198,47 @@ def _workload(cfg: Config, model: nn.Module, units: list[Unit], dtype: torch.dty
                 cost.workspace_backward,
                 max(1, cost.visits),
                 cost.kept,
+                cost.saved if backward else (),
+                cost.forward_seconds,
+                cost.backward_seconds,
+                cost.workspace_kept,
             )
         )
-    return Workload(
+    workload = Workload(
         tuple(profiles),
-        micro_batches=-(-cfg.train.global_batch_size // cfg.train.micro_batch_size),
-        micro_batch=cfg.train.micro_batch_size,
+        micro_batches=-(-cfg.train.global_batch_size // rows),
+        micro_batch=rows,
         sequence_length=length,
-        dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
-        clipping=cfg.train.max_grad_norm is not None,
+        dtype=_DTYPES[dtype],
+        clipping=cfg.train.max_grad_norm is not None and zo is None,
         commit_every=cfg.train.commit_every,
         device="cuda" if device == "cuda" else "cpu",
         steps=UNKNOWN_STEPS if cfg.train.steps is None else max(1, cfg.train.steps),
         shared_bytes=profile.shared_bytes,
+        activations="plan" if cfg.planner.activations == "auto" and zo is None else "recompute",
         notes=tuple(profile.notes),
+        logits_bytes=profile.logits_bytes,
+        zo=_zeroth_order(zo) if zo else None,
     )
+    chunks = cfg.train.head_chunks
+    return workload if chunks == "auto" or not profile.logits_bytes else workload.in_chunks(int(chunks))
+
+
+def _head(cfg: Config, model: nn.Module, units: list[Unit]) -> Head | None:
+    """The head to trace together with the loss. Its gradient goes to a slot that the plan reserves apart."""
+    module = find_head(model, units) if cfg.train.head_chunks != 0 else None
+    if module is None:
+        return None
+    # Its own weight stands for the slot; a sum being there already needs the more memory of the two.
+    return module, HeadLoss(1, lambda p: (p.detach(), True), strict=True, sample=True).logits
+
+
+def _zeroth_order(pieces: Pieces) -> ZerothOrder:
+    """What the planner has to know of a zeroth-order step."""
+    samples, tries = pieces.variant.zo.samples, pieces.variant.tries_both_ways
+    roles = tuple((role.name, role.nbytes, role.per, role.written) for role in pieces.roles)
+    candidates = 3 if tries else 0
+    return ZerothOrder(roles, 2 * samples + candidates, max(2 * samples, candidates), 2 if tries else 1, samples)
 
 
 def _sequence_length(cfg: Config, model: nn.Module) -> int:
@@ -166,12 +255,16 @@ def _budgets(cfg: Config, hardware: Hardware, device: str) -> Budgets:
         (entry.path, _free_disk(Path(entry.path)) if entry.size == "auto" else int(entry.size))
         for entry in cfg.store_paths()
     ]
-    cpu = hardware.cpu_bytes if cfg.memory.cpu == "auto" else int(cfg.memory.cpu)
+    cxl = cfg.memory.cxl
+    if cfg.memory.cpu == "auto":  # an emulated tier takes its bytes from RAM
+        cpu = max(0, hardware.cpu_bytes - (cxl.size if cxl and cxl.emulate else 0))
+    else:
+        cpu = int(cfg.memory.cpu)
     if cfg.memory.gpu != "auto":
         gpu = int(cfg.memory.gpu)
     else:  # on the CPU the device's arena is part of the RAM budget
         gpu = cpu if device == "cpu" else max(0, hardware.gpu_bytes - GPU_ROOM)
-    return Budgets(gpu, cpu, 0, tuple(nvme))
+    return Budgets(gpu, cpu, cxl.size if cxl else 0, tuple(nvme))
 
 
 def _free_disk(path: Path) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offload import charts, rundir, tables
+from offload import charts, report_memory, run_place, rundir, tables
 from offload.progress import clock
 
 
@@ -25,146 +26,332 @@ class RunData:
     evals: list[dict[str, Any]]
     memory: dict[str, Any]
     trace: list[dict[str, Any]]
+    missing: dict[str, str]  # file: why its part is empty
+    process: str  # that holds the run now, empty if none does
 
 
 def load(path: str | Path) -> RunData:
     """Read a run directory without its lock, so that a run can be looked at while it goes. Raises ConfigError."""
     path = Path(path).expanduser().absolute()
+    info, config = rundir.read_info(path), rundir.read_config(path).dump()
+    rows = list(rundir.read_jsonl(path / "metrics.jsonl"))
+    missing = {} if rows else {"metrics.jsonl": "it has no step"}
+
+    def read(name: str, absent: Any) -> Any:
+        """A file that is missing or damaged leaves its part of the report empty, and is named there."""
+        try:
+            found = json.loads((path / name).read_text(encoding="utf-8"))
+            if isinstance(found, type(absent)):
+                return found
+            missing[name] = f"it is no JSON {'object' if absent == {} else 'list'}"
+        except FileNotFoundError:
+            missing[name] = "it was not written"
+        except (OSError, ValueError) as error:
+            missing[name] = f"it cannot be read: {error}"
+        return absent
+
+    plan, memory, trace = read("plan.json", {}), read("memory.json", {}), read("trace.json", [])
+    if not memory:
+        memory = {"tiers": _tiers_without_memory(plan, rows)}
     return RunData(
         path=path,
-        info=rundir.read_info(path),
-        config=rundir.read_config(path).dump(),
-        plan=_json(path / "plan.json", {}),
-        rows=list(rundir.read_jsonl(path / "metrics.jsonl")),
+        info=info,
+        config=config,
+        plan=plan,
+        rows=rows,
         evals=list(rundir.read_jsonl(path / "eval.jsonl")),
-        memory=_json(path / "memory.json", {}),
-        trace=_json(path / "trace.json", []),
+        memory=memory,
+        trace=trace,
+        missing=missing,
+        process=run_place.holder(path),
     )
+
+
+def _tiers_without_memory(plan: Mapping[str, Any], rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What plan.json and the last row of metrics.jsonl know of memory.json's `tiers`."""
+    budgets, predicted = plan.get("budget_bytes", {}), plan.get("peak_bytes", {})
+    peaks = rows[-1]["peak_bytes"] if rows else {}
+    return {
+        tier: {
+            "budget": budgets.get(tier, 0), "predicted": predicted.get(tier, 0), "peak": peaks.get(tier, 0),
+            "categories": {},
+        }
+        for tier in budgets or peaks
+    }  # fmt: skip
 
 
 def build(path: str | Path) -> RunData:
     """Write report.html of the run at `path`, replacing an older one; returns what it was made from."""
+    data = load(path)
+    rundir.write_atomically(data.path / "report.html", render("report.html.j2", _context(data)))
+    return data
+
+
+def render(template: str, context: Mapping[str, Any]) -> str:
+    """One of the package's templates as text; values are escaped."""
     import jinja2
 
-    data = load(path)
     environment = jinja2.Environment(loader=jinja2.PackageLoader("offload", "."), autoescape=True)
-    rundir.write_atomically(
-        data.path / "report.html", environment.get_template("report.html.j2").render(**_context(data))
-    )
-    return data
+    return environment.get_template(template).render(**context)
 
 
 def summary(data: RunData) -> dict[str, str]:
     """The run in a few lines: how far, how well, how fast, how much memory, how many bytes."""
     facts = {"steps": f"{data.rows[-1]['step'] if data.rows else 0} of {data.config['train']['steps']}"}
+    if how := _unfinished(data):
+        facts["state"] = how
     if data.rows:
-        typical = _typical(data.rows)
+        steady = typical(data.rows)
         facts["loss"] = (
             f"{data.rows[0]['loss']:.4f} at step {data.rows[0]['step']}, {data.rows[-1]['loss']:.4f} at the end"
         )
         if data.evals:
             facts["eval loss"] = f"{data.evals[-1]['eval_loss']:.4f} at step {data.evals[-1]['step']}"
         facts["speed"] = (
-            f"{statistics.median(row['tokens_per_second'] for row in typical):,.0f} tokens/s, "
-            f"{tables.duration(statistics.median(row['seconds'] for row in typical))} per step"
+            f"{statistics.median(row['tokens_per_second'] for row in steady):,.0f} tokens/s, "
+            f"{tables.duration(statistics.median(row['seconds'] for row in steady))} per step"
         )
         facts["time in steps"] = clock(sum(row["seconds"] for row in data.rows))
-        facts["busiest lane"] = statistics.mode(row["busiest_lane"] for row in typical)
+        facts["busiest lane"] = statistics.mode(row["busiest_lane"] for row in steady)
+        if passes := sum(row.get("activation_fallbacks", 0) for row in data.rows):
+            facts["over the plan"] = f"activations took more room than planned in {passes} passes through units"
     for tier, figures in _tiers(data).items():
+        _, planned, peak = _peak(data, tier)
+        told, beyond = f"peak {tables.size(peak)}", ""
+        if tier == "cpu" and "before" in (process := data.memory.get("process", {})):
+            told = f"process at most {tables.size(process['pss_peak'])}, {tables.size(process['before'])} of it before"
+            beyond = " beyond its footprint"
         facts[f"memory {tier}"] = (
-            f"peak {tables.size(figures['peak'])}, planned {tables.size(figures['predicted'])}, "
-            f"budget {tables.size(figures['budget'])}"
+            f"{told}; planned {tables.size(planned)}, budget {tables.size(figures['budget'])}{beyond}"
         )
     if data.rows:
         facts["SSD"] = " and ".join(
             f"{tables.size(_moved(data, lane))} {word}"
             for lane, word in (("nvme_read", "read"), ("nvme_write", "written"))
         )
+    drives = data.memory.get("drives", [])
+    for number, drive in enumerate(drives, start=1):
+        facts["SSD wear" if len(drives) == 1 else f"SSD {number}, wear"] = f"{tables.wear(drive)}; {drive['path']}"
     return facts
 
 
+def _peak(data: RunData, tier: str) -> tuple[str, int, int]:
+    """What is compared of a tier's peak, in bytes predicted and measured.
+
+    Of RAM and of a CUDA device all that was taken is measured; else it is what the engine reserved.
+    """
+    figures, process = data.memory["tiers"][tier], data.memory.get("process", {})
+    predicted, measured = figures["predicted"], figures["peak"]
+    if tier == "cpu" and "before" in process:
+        return "RAM peak, process less what it was at the start", predicted, process["pss_peak"] - process["before"]
+    if tier == "gpu" and "device" in data.memory:
+        return "device peak, temporaries included", predicted, data.memory["device"]["peak"]
+    return f"{tier} peak, reserved", report_memory.arena_predicted(data.memory, data.plan, tier), measured
+
+
 def _context(data: RunData) -> dict[str, Any]:
-    lanes = _lane_means(data)
+    lanes = lane_means(data)
     busy = {lane: [row["lane_seconds"][lane] for row in data.rows] for lane in lanes}
-    tiers = _tiers(data)
-    step, spans = _one_step(data.trace)
-    pss = data.memory.get("process", {}).get("pss_peak")
+    step, spans, moved = _one_step(data.trace)
+    units = data.plan.get("units", [])
     return {
         "title": f"Run {data.path.name}",
-        "subtitle": f"{_model_name(data.config)} · started {data.info.get('created', '?')} · {data.path}",
+        "subtitle": f"{model_name(data.config)} · started {data.info.get('created', '?')} · {data.path}",
         "result": _result(data),
+        "failure": data.memory.get("failure", ""),
+        "figures": _figures(data),
         "summary": summary(data),
         "loss_chart": data.rows
         and charts.loss(
-            [row["step"] for row in data.rows],
-            [row["loss"] for row in data.rows],
+            {"train": ([row["step"] for row in data.rows], [row["loss"] for row in data.rows])},
             [(row["step"], row["eval_loss"]) for row in data.evals],
         ),
-        "tiers": [
-            {
-                "name": tier,
-                "over": figures["peak"] > figures["budget"],
-                **{key: tables.size(figures[key]) for key in ("peak", "predicted", "budget")},
-                "categories": ", ".join(
-                    f"{name} {tables.size(n['peak'])}"
-                    for name, n in sorted(figures["categories"].items(), key=lambda item: -item[1]["peak"])
-                ),
-            }
-            for tier, figures in tiers.items()
-        ],
-        "memory_chart": tiers
-        and charts.memory({t: (f["peak"], f["predicted"], f["budget"]) for t, f in tiers.items()}),
-        "process": f"The process tree, everything included, peaked at {tables.size(pss)} of RAM (PSS)." if pss else "",
-        "lanes": [
-            {
-                "name": lane,
-                "busy": tables.duration(mean),
-                "share": f"{mean / _step_seconds(data):.0%}" if _step_seconds(data) else "-",
-                "planned": tables.duration(data.plan["lane_seconds"].get(lane, 0)) if data.plan else "-",
-            }
-            for lane, mean in lanes.items()
-        ],
+        "memory": report_memory.section(data.memory, data.plan),
+        "lanes": _lanes(data, lanes),
+        "links": _links(data.memory.get("rates", {}), moved),
+        "stalls": _stalls(data),
         "lane_chart": data.rows and charts.lanes(busy, [row["seconds"] for row in data.rows]),
         "timeline_chart": spans and charts.timeline(spans),
         "timeline": f"Step {step}. trace.json opens in Perfetto (ui.perfetto.dev) for every operation by name.",
         "units": _units(data.plan),
+        "units_chart": units and _map(units),
         "planned_by": _planned_by(data.plan),
+        "compared": _predicted_and_measured(data, lanes),
         "ssd": _ssd(data),
+        "advice": _advice(data),
+        "room": _room(data),
+        "absent": {name: f"{name}: {why}; so {_LOST[name]}" for name, why in data.missing.items()},
+        "late": _late(data),
     }
 
 
-def _result(data: RunData) -> str:
+# What the report lacks without a file.
+_LOST = {
+    "metrics.jsonl": "there is no loss, speed or busy time of lanes",
+    "plan.json": "there is no placement and no prediction",
+    "memory.json": "there is no split by what memory is for, no waits and no rates of the links; peaks of tiers are "
+    "those of metrics.jsonl",
+    "trace.json": "there is no timeline of a step, and no bytes of the links",
+}
+
+
+def _late(data: RunData) -> str:
+    """That the memory figures are older than the last step: those of a killed run are."""
+    logged = data.memory["steps"][-1]["step"] if data.memory.get("steps") else 0
+    last = data.rows[-1]["step"] if data.rows else 0
+    return f"memory.json was last written after step {logged}, and the run got to step {last}." * (0 < logged < last)
+
+
+def _figures(data: RunData) -> dict[str, Any]:
+    """The main numbers, unrounded, for scripts (and for the test that compares them with the logs)."""
     if not data.rows:
-        return "No step was completed."
+        return {}
+    last = data.rows[-1]
+    found = {key: last[key] for key in ("step", "loss", "grad_norm", "busiest_lane")}
+    found["seconds_median"] = statistics.median(row["seconds"] for row in typical(data.rows))
+    found["tokens_per_second_median"] = statistics.median(row["tokens_per_second"] for row in typical(data.rows))
+    found["pss_peak"] = data.memory.get("process", {}).get("pss_peak", 0)
+    # JSON has no NaN: a loss that is none is null.
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in found.items()}
+
+
+def _result(data: RunData) -> str:
+    how = _unfinished(data)
+    if not data.rows:
+        return f"No step was completed. The run {how}."
     first, last = data.rows[0], data.rows[-1]
-    wanted = data.config["train"]["steps"]
-    state = "finished" if last["step"] == wanted else f"stopped at step {last['step']} of {wanted}"
+    state = f"stopped at step {last['step']} of {data.config['train']['steps']}: it {how}" if how else "finished"
+    if not how and data.memory.get("failure"):  # the model could not be saved, say
+        state = "took all its steps, and failed after them, as told below"
     change = "fell" if last["loss"] < first["loss"] else "did not fall"
     return (
         f"The run {state}; the loss {change}, from {first['loss']:.4f} to {last['loss']:.4f}, "
-        f"at {statistics.median(row['tokens_per_second'] for row in _typical(data.rows)):,.0f} tokens/s."
+        f"at {statistics.median(row['tokens_per_second'] for row in typical(data.rows)):,.0f} tokens/s."
     )
 
 
-def _typical(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _unfinished(data: RunData) -> str:
+    """How a run that is short of its steps came to that; empty for one that has them all."""
+    if data.rows and data.rows[-1]["step"] == data.config["train"]["steps"]:
+        return ""
+    if data.process:
+        return f"is going on in process {data.process}"
+    if data.memory.get("failure"):
+        return "failed, as told below; --resume goes on after the last committed step"
+    if data.memory.get("closed"):
+        return "was ended before; --resume goes on"
+    return "ended without a word (killed, or the machine went down); --resume goes on after the last committed step"
+
+
+def typical(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Without the first step, which also warms up, if there are others."""
     return rows[1:] or rows
 
 
-def _lane_means(data: RunData) -> dict[str, float]:
+def lane_means(data: RunData) -> dict[str, float]:
+    """Busy seconds per step of each lane, on average."""
     if not data.rows:
         return {}
-    typical = _typical(data.rows)
-    return {
-        lane: statistics.fmean(row["lane_seconds"][lane] for row in typical) for lane in data.rows[0]["lane_seconds"]
-    }
+    steady = typical(data.rows)
+    lanes = data.rows[0]["lane_seconds"]
+    return {lane: statistics.fmean(row["lane_seconds"][lane] for row in steady) for lane in lanes}
 
 
-def _step_seconds(data: RunData) -> float:
-    return statistics.fmean(row["seconds"] for row in _typical(data.rows))
+def step_seconds(data: RunData) -> float:
+    """Seconds per step, on average; 0 without a step."""
+    return statistics.fmean(row["seconds"] for row in typical(data.rows)) if data.rows else 0.0
+
+
+def stall_means(data: RunData) -> dict[str, float]:
+    """Seconds per step that compute waited, by reason, on average since the run was last started."""
+    return dict(data.memory.get("stall_seconds", {}))
+
+
+def _lanes(data: RunData, lanes: Mapping[str, float]) -> list[dict[str, Any]]:
+    whole = step_seconds(data)
+    busiest = max(lanes, key=lambda lane: lanes[lane], default="")
+    return [
+        {
+            "name": lane,
+            "busiest": lane == busiest,
+            "busy": tables.duration(mean),
+            "share": f"{mean / whole:.0%}" if whole else "-",
+            "planned": tables.duration(data.plan["lane_seconds"].get(lane, 0)) if data.plan else "-",
+        }
+        for lane, mean in lanes.items()
+    ]
+
+
+def _links(rates: Mapping[str, float], moved: Mapping[str, Moved]) -> list[dict[str, str]]:
+    """Of each link: bytes of the traced step, the rate they went at while it moved any, and the measured rate."""
+    found = []
+    for lane in ("h2d", "d2h", "nvme_read", "nvme_write"):
+        if lane in moved:
+            achieved, rate = moved[lane].timed / moved[lane].seconds, rates.get(lane, 0.0)
+            found.append(
+                {
+                    "name": lane,
+                    "moved": tables.size(moved[lane].nbytes),
+                    "achieved": f"{tables.size(achieved)}/s",
+                    "measured": f"{tables.size(rate)}/s" if rate else "-",
+                    "share": f"{achieved / rate:.0%}" if rate else "-",
+                }
+            )
+    return found
+
+
+def _stalls(data: RunData) -> list[dict[str, str]]:
+    whole = step_seconds(data)
+    return [
+        {"name": reason, "seconds": tables.duration(mean), "share": f"{mean / whole:.0%}"}
+        for reason, mean in stall_means(data).items()
+        if whole
+    ]
+
+
+def _predicted_and_measured(data: RunData, lanes: Mapping[str, float]) -> list[dict[str, str]]:
+    """Every number that the plan predicts, beside what was measured."""
+    plan, rows = data.plan, []
+    if not plan or not data.rows:
+        return []
+
+    def add(name: str, predicted: float, measured: float, text: Callable[[float], str]) -> None:
+        ratio = f"{measured / predicted:.2f}" if predicted else "-"
+        rows.append({"name": name, "predicted": text(predicted), "measured": text(measured), "ratio": ratio})
+
+    speed = statistics.median(row["tokens_per_second"] for row in typical(data.rows))
+    add("seconds per step", plan["step_seconds"], step_seconds(data), tables.duration)
+    add("tokens per second", plan["tokens_per_second"], speed, lambda value: f"{value:,.0f}")
+    for lane, mean in lanes.items():
+        add(f"{lane}, busy per step", plan["lane_seconds"].get(lane, 0.0), mean, tables.duration)
+    if "stall_seconds" in plan:
+        waited = sum(stall_means(data).values())
+        add("compute waits per step", sum(plan["stall_seconds"].values()), waited, tables.duration)
+    for tier in _tiers(data):
+        add(*_peak(data, tier), tables.size)
+    return rows
+
+
+def _advice(data: RunData) -> list[dict[str, str]]:
+    base = data.plan.get("tokens_per_second", 0.0)
+    return [
+        {"change": a["change"], "speedup": f"{a['speedup']:.2f}", "speed": f"{a['speedup'] * base:,.0f} tokens/s"}
+        for a in data.plan.get("advice", ())
+    ]
+
+
+def _room(data: RunData) -> list[str]:
+    """What of each budget was never used: room for a longer sequence or a larger batch, or for another program."""
+    lines = []
+    for tier, figures in _tiers(data).items():
+        used = max(figures["peak"], figures["predicted"])
+        if figures["budget"] and used < 0.9 * figures["budget"]:
+            lines.append(f"{tier}: {tables.size(figures['budget'] - used)} of {tables.size(figures['budget'])}")
+    return lines
 
 
 def _moved(data: RunData, lane: str) -> int:
+    """Bytes that crossed an SSD lane in all logged steps."""
     return sum(int(row["io_bytes"][lane]) for row in data.rows)
 
 
@@ -172,16 +359,59 @@ def _tiers(data: RunData) -> dict[str, dict[str, Any]]:
     return {t: f for t, f in data.memory.get("tiers", {}).items() if f["budget"] or f["peak"] or f["predicted"]}
 
 
-def _one_step(trace: list[dict[str, Any]]) -> tuple[int, list[tuple[str, float, float]]]:
-    """The latest step of the trace: its number and (lane, begin, duration) in milliseconds."""
+@dataclass(frozen=True)
+class Moved:
+    """Bytes of one lane in one step: all of them, and those of the operations in the trace with the seconds these took
+    (what overlaps counts once)."""
+
+    nbytes: int
+    timed: int
+    seconds: float
+
+
+def _one_step(trace: list[dict[str, Any]]) -> tuple[int, list[tuple[str, float, float]], dict[str, Moved]]:
+    """The latest step of the trace: its number, lane (of a stall its reason), begin and duration in ms of each
+    operation, and what each lane moved."""
     names = {e["tid"]: e["args"]["name"] for e in trace if e["ph"] == "M" and e["name"] == "thread_name"}
     events = [e for e in trace if e["ph"] == "X"]
     if not events:
-        return 0, []
+        return 0, [], {}
     step = max(e["args"]["step"] for e in events)
     events = [e for e in events if e["args"]["step"] == step]
+    moved = {}
+    for lane in names.values():
+        mine = [e for e in events if names[e["tid"]] == lane and e["args"]["bytes"] and e["dur"]]
+        left = [e["args"]["bytes"] for e in trace if e["name"] == "left_out" and names[e["tid"]] == lane
+                and e["args"]["step"] == step]  # fmt: skip
+        if mine:
+            timed = sum(e["args"]["bytes"] for e in mine)
+            busy = charts.joined([(e["ts"], e["ts"] + e["dur"]) for e in mine])
+            moved[lane] = Moved(timed + sum(left), timed, sum(end - begin for begin, end in busy) / 1e6)
     origin = min(e["ts"] for e in events)
-    return step, [(names[e["tid"]], (e["ts"] - origin) / 1e3, e["dur"] / 1e3) for e in events]
+    spans = []
+    for e in events:
+        lane = names[e["tid"]]
+        row = f"waits: {e['name'].split(':')[0]}" if lane == "stall" else lane
+        spans.append((row, (e["ts"] - origin) / 1e3, e["dur"] / 1e3))
+    return step, spans, moved
+
+
+# Colours of the map of units: places first, then what happens to activations.
+_DECIDED = {
+    "gpu": "#1f6feb", "cpu": "#2da44e", "cxl": "#8250df", "nvme": "#bf8700",
+    "keep": "#54aeff", "swap_cpu": "#7ee2a8", "swap_cxl": "#d2a8ff", "swap_nvme": "#e3b341", "recompute": "#afb8c1",
+    "-": "#eaeef2",
+}  # fmt: skip
+
+
+def _map(units: list[dict[str, Any]]) -> charts.Picture:
+    """Every unit with the places of its weights, optimizer state and gradient, and what its activations do mostly."""
+    rows = {
+        label: [unit["placement"].get(role, "-") for unit in units]
+        for label, role in (("weights", "param"), ("state", "exp_avg"), ("gradient", "grad"))
+    }
+    rows["activations"] = [max(unit["activations"], key=lambda what: unit["activations"][what]) for unit in units]
+    return charts.units([unit["name"] for unit in units], rows, _DECIDED)
 
 
 def _units(plan: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -221,20 +451,21 @@ def _ssd(data: RunData) -> dict[str, str]:
         facts[f"{word} per step"] = tables.size(per_step)
         if parameters:
             facts[f"{word} per parameter and step"] = f"{per_step / parameters:.1f} bytes"
-    rated = sum(entry["tbw"] or 0 for entry in data.info["store"]["paths"])
-    if rated:
-        facts["of the rated endurance"] = f"{_moved(data, 'nvme_write') / (rated * 1e12):.3%}"
+    rated = sum(entry["tbw"] or 0 for entry in data.info["store"]["paths"]) * 1e12
+    written = _moved(data, "nvme_write")
+    if rated and written:
+        steps = rated / (written / len(data.rows))
+        facts["of the rated endurance"] = f"{written / rated:.3%} of {rated / 1e12:g} TB"
+        facts["the rating lasts"] = f"{steps:,.0f} such steps, {steps * step_seconds(data) / 86400:,.0f} days of them"
+    elif not rated:
+        facts["rated endurance"] = "not known: give memory.nvme[].tbw, the terabytes written of the drive's data sheet"
     return facts
 
 
-def _model_name(config: Mapping[str, Any]) -> str:
+def model_name(config: Mapping[str, Any]) -> str:
     model = config.get("model") or {}
     if model.get("path"):
         return str(model["path"])
     return (
         f"{model['architecture']['model_type']} (random weights)" if model.get("architecture") else "a model in memory"
     )
-
-
-def _json(path: Path, absent: Any) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else absent

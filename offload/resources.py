@@ -1,4 +1,4 @@
-"""What a run holds from start to end: the store, the RAM homes, and every buffer the plan reserved.
+"""What a run holds from start to end: the store, the homes in RAM and CXL memory, and every buffer the plan reserved.
 
 `create` makes them for a new run and brings the weights in; `reopen` finds them again at the last committed step.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,18 +17,25 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from offload import models
+from offload import models, oom, zo_state
+from offload.activation_places import CATEGORY, Tier, activation_tiers, kept_room
 from offload.checkpoint_source import CheckpointSource
 from offload.config import Config
 from offload.device import Device, open_device
 from offload.errors import ConfigError, OffloadError
 from offload.io import Extent, Ledger, Ring, Store, StorePath
+from offload.memory_record import MemoryRecord
+from offload.planner.measure import bandwidths
+from offload.planner.memory import HEAP_KEEPS, PROGRAM_BYTES
 from offload.prepare import Prepared
+from offload.run_place import IO_CHOICE
 from offload.rundir import RunDirectory
 from offload.state import States, extents
 from offload.trace import Trace
 from offload.units import Unit
 from offload.weights import TensorSource, open_weights
+from offload.zo_pieces import Pieces
+from offload.zo_state import ZoStates
 
 # Seconds a lane waits for a buffer or for weights before it reports what hangs. The store watches the device itself.
 TIMEOUT = 600.0
@@ -43,15 +50,20 @@ class Resources:
     ledger: Ledger
     device: Device
     trace: Trace
+    record: MemoryRecord
     states: States
     weight_slots: dict[str, list[Tensor]]
     gradient_slots: dict[str, list[Tensor]]
     resident: Tensor | None
     staging: Ring
-    landing: Ring
+    landing: Ring | None  # None where the device is host memory, and without gradients
     update: Ring
+    activation_tiers: dict[str, Tier]
+    activation_staging: list[Tensor]
+    kept_room: int
     dtype: torch.dtype
     gradient_dtype: torch.dtype
+    pieces: Pieces | None  # zeroth-order runs: the arithmetic on a unit's slot
     _stack: ExitStack
 
     def abort(self) -> None:
@@ -61,13 +73,15 @@ class Resources:
         """
         self.store.close()
         for ring in (self.staging, self.landing, self.update):
-            ring.cancel()
+            if ring is not None:
+                ring.cancel()
 
     def close(self) -> None:
         """Give files, locks and memory back; the lanes must have stopped."""
         self._stack.close()
         self.weight_slots.clear()
         self.gradient_slots.clear()
+        self.activation_staging.clear()
         self.resident = None
 
 
@@ -84,6 +98,8 @@ def create(prepared: Prepared, run: RunDirectory) -> Iterator[Resources]:
             run.store_name,
             _extents(prepared),
             backend=prepared.config.memory.backend,
+            record=run.path / IO_CHOICE,
+            timeout=prepared.config.memory.io_timeout,
         )
         with _closed_on_error(_reserve(prepared, store)) as resources:
             if not _described(prepared.config):
@@ -100,10 +116,13 @@ def create(prepared: Prepared, run: RunDirectory) -> Iterator[Resources]:
 
 @contextmanager
 def reopen(prepared: Prepared, run: RunDirectory) -> Iterator[Resources]:
-    """Reserve everything for a run that exists and fill the RAM homes from its last committed step."""
+    """Reserve everything for a run that exists and fill the homes from its last committed step."""
     # sizes come from the manifest
-    paths = [StorePath(Path(p.path), 1) for p in run.store_paths]
-    store = Store.open(paths, run.store_name, backend=prepared.config.memory.backend)
+    paths = [StorePath(Path(p.path), 1, tbw=p.tbw) for p in run.store_paths]
+    memory = prepared.config.memory
+    store = Store.open(
+        paths, run.store_name, backend=memory.backend, record=run.path / IO_CHOICE, timeout=memory.io_timeout
+    )
     missing = [e.key for e in _extents(prepared) if store.extents.get(e.key) != e]
     if missing:
         store.close()
@@ -129,28 +148,38 @@ def _closed_on_error(resources: Resources) -> Iterator[Resources]:
 
 def _reserve(prepared: Prepared, store: Store) -> Resources:
     plan, ledger, trace = prepared.plan, Ledger(), Trace()
-    with ExitStack() as stack:
+    with ExitStack() as stack, oom.explained(prepared, ledger, trace):
+        device = open_device(prepared.device, prepared.config.memory.lock)  # before its peaks are recorded
+        # All that is planned but the workspace of the unit that runs next, the holes it leaves, and the program. CXL
+        # memory, emulated or not, is part of the process too.
+        framework = plan.categories["gpu"].get("framework", 0)
+        planned = plan.peak_bytes["cpu"] + plan.peak_bytes["cxl"]
+        device.heap.allow(planned - framework - PROGRAM_BYTES - HEAP_KEEPS)
+        record = stack.enter_context(MemoryRecord(ledger, trace, prepared.device))
         stack.callback(store.close)
-        device = open_device(prepared.device)
+        memory = stack.enter_context(ExitStack())  # host memory, freed once the device has let go of its pages
+        stack.callback(device.close)
+        trace.clock = device.clock
 
-        def slots(name: str) -> list[Tensor]:
+        def slots(name: str, category: str = "") -> list[Tensor]:
             wanted = plan.buffer(name)
             if wanted is None:
                 return []
-            return [device.allocate(wanted.nbytes, ledger, name.split(".")[0]) for _ in range(wanted.count)]
+            return [device.allocate(wanted.nbytes, ledger, category or name.split(".")[0]) for _ in range(wanted.count)]
 
         def ring(name: str) -> Ring:
             wanted = plan.buffer(name)
             if wanted is None:
                 raise ConfigError(f"the plan has no {name} buffer: the model has nothing to train (requires_grad)")
             made = Ring(wanted.count, wanted.nbytes, ledger, "cpu", name)
-            stack.callback(made.close)
+            memory.callback(made.close)
             for chunk in made.tensors:
                 device.pin(chunk)
             return made
 
-        rings = {name: ring(name) for name in ("staging", "landing", "update")}
-        states = States(
+        rings = {name: ring(name) for name in ("staging", "update")}
+        landing = None if device.in_host_memory or prepared.zo else ring("landing")
+        described = (
             prepared.units,
             plan,
             store,
@@ -159,9 +188,15 @@ def _reserve(prepared: Prepared, store: Store) -> Resources:
             prepared.workload.clipping,
             ledger,
             device.pin,
+            prepared.tiers,
         )
-        stack.callback(states.close)
-        stack.callback(device.close)  # unlocks pages that the homes and rings then give back
+        states = ZoStates(prepared.zo, *described) if prepared.zo else States(*described)
+        if prepared.zo:
+            stack.callback(prepared.zo.close)
+        memory.callback(states.close)
+        activations = activation_tiers(
+            plan, prepared.tiers, store, rings["staging"], device, ledger, trace, TIMEOUT, memory
+        )
         stack.callback(store.close)  # first of all: nothing may still be written from what follows
         for extent in store.extents.values():
             ledger.add("nvme", extent.key.split("/")[1], extent.padded * extent.sides)
@@ -173,6 +208,9 @@ def _reserve(prepared: Prepared, store: Store) -> Resources:
         for unit in prepared.units:
             if unit.resident:
                 whole = slots("resident")[0]
+                if prepared.zo:
+                    resident = whole
+                    continue
                 weights = -(-states.units[unit.index].weight_bytes // 4096) * 4096
                 resident, gradient_slots["resident"] = whole[:weights], [whole[weights:]]
         store.observer = _observer(trace)
@@ -181,15 +219,20 @@ def _reserve(prepared: Prepared, store: Store) -> Resources:
             ledger,
             device,
             trace,
+            record,
             states,
             {group: slots(f"weights.{group}") for group in ("block", "large")},
             gradient_slots,
             resident,
             rings["staging"],
-            rings["landing"],
+            landing,
             rings["update"],
+            activations,
+            slots("activations.staging", CATEGORY),
+            kept_room(plan, prepared.workload),
             prepared.dtype,
             prepared.gradient_dtype,
+            prepared.zo,
             stack.pop_all(),
         )
 
@@ -202,13 +245,16 @@ def _observer(trace: Trace) -> Any:
 
 
 def _extents(prepared: Prepared) -> list[Extent]:
+    if prepared.zo:
+        return zo_state.extents(prepared.units, prepared.zo)
     return extents(prepared.units, prepared.dtype, prepared.gradient_dtype, prepared.workload.clipping)
 
 
 def _store_paths(prepared: Prepared) -> list[StorePath]:
     """The store's paths with the sizes that were planned with (`auto` resolved)."""
-    sizes = dict(prepared.store_budgets)
-    return [StorePath(Path(p.path), sizes[p.path]) for p in prepared.config.store_paths()]
+    sizes, paths = dict(prepared.store_budgets), prepared.config.store_paths()
+    rates: Sequence[float | None] = bandwidths([p.path for p in paths]) or [None] * len(paths)
+    return [StorePath(Path(p.path), sizes[p.path], rate, p.tbw) for p, rate in zip(paths, rates, strict=True)]
 
 
 # ---- where the weights come from ----
@@ -290,9 +336,12 @@ def decode_buffers(model: nn.Module, encoded: dict[str, str]) -> None:
 # ---- ownership of the model ----
 
 
-def take_ownership(model: nn.Module, units: list[Unit], stack: ExitStack) -> None:
-    """Make meta parameters bindable and forbid copies; `stack` undoes it, leaving the parameters on meta."""
+def take_ownership(model: nn.Module, units: list[Unit], device: str, stack: ExitStack) -> None:
+    """Make meta parameters bindable, bring buffers to the device, forbid copies; `stack` undoes it, leaving the
+    parameters on meta."""
     _replace_parameters(model, units, lambda p: p if not p.is_meta else _unbound(p))
+    _move_buffers(model, device)
+    stack.callback(_move_buffers, model, "cpu")
 
     def refuse(memo: object) -> None:
         raise OffloadError(
@@ -312,6 +361,17 @@ def take_ownership(model: nn.Module, units: list[Unit], stack: ExitStack) -> Non
         _replace_parameters(model, units, lambda p: nn.Parameter(_on_meta(p), requires_grad=p.requires_grad))
 
     stack.callback(give_back)
+
+
+def _move_buffers(model: nn.Module, device: str) -> None:
+    """Buffers belong to no unit: they stay on the device. Shared ones stay shared."""
+    moved: dict[int, Tensor] = {}
+    originals = []
+    for module in model.modules():
+        for name, b in module._buffers.items():
+            if b is not None and b.device.type != device:
+                originals.append(b)  # keeps the id from being used again
+                module._buffers[name] = moved.setdefault(id(b), b.to(device))
 
 
 def _unbound(p: nn.Parameter) -> nn.Parameter:

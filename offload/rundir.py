@@ -1,14 +1,9 @@
-"""The run directory: one run's config, plan, metrics and reports, held by one process at a time through a lock.
-
-`lock` is held with flock for the life of a `RunDirectory`, so it goes with the process however that ends. `run.json`
-is the last file of the set-up: a directory with a lock and no `run.json` was never more than an attempt.
-"""
+"""The run directory: one run's config, plan, metrics and reports, held by one process at a time."""
 
 from __future__ import annotations
 
 import datetime
 import errno
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -17,23 +12,15 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import Any, TextIO
 
 from offload.config import Config, NvmePath, absolute
 from offload.errors import ConfigError, OffloadError
+from offload.run_place import make_directories, not_there, refuse_existing, remove_files, rmdir, take_lock
 
-_FILES = (
-    "config.yaml", "run.json", "plan.json", "metrics.jsonl", "eval.jsonl", "memory.json", "trace.json", "report.html",
-)  # fmt: skip
-_DIRECTORIES = ("store", "cache", "architecture")
 _LIBRARIES = ("offload", "torch", "transformers", "numpy", "safetensors", "tokenizers", "accelerate", "peft", "pyarrow")
-
-
-class RunLocked(OffloadError):
-    """Another process holds the run directory."""
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -70,6 +57,11 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 raise OffloadError(f"{path}, line {number}: not a JSON object: {error}; remove the line") from None
 
 
+def _compact(value: Any) -> str:
+    """JSON without spaces: logs of ten thousand steps stay small."""
+    return json.dumps(value, separators=(",", ":"))
+
+
 class RunDirectory:
     """Files of one run under `path`; get one from `create` (new run) or `open` (existing run), then `close` it."""
 
@@ -90,11 +82,11 @@ class RunDirectory:
         """
         path = Path(absolute(cfg.output))
         refuse_existing(path)
-        missing = [directory for entry in cfg.store_paths() for directory in _missing(Path(entry.path))]
-        made = _make_directories(path)
+        not_there_yet = [directory for entry in cfg.store_paths() for directory in not_there(Path(entry.path))]
+        made = make_directories(path)
         lock = None
         try:
-            lock = _take_lock(path)
+            lock = take_lock(path)
             refuse_existing(path)  # another process may have finished its set-up before we had the lock
             run_id = uuid.uuid4().hex
             info = {
@@ -105,13 +97,13 @@ class RunDirectory:
             }
             cfg.resolved().write(path / "config.yaml")
             write_atomically(path / "run.json", json.dumps(info, indent=2) + "\n")
-            return cls(path, lock, info, [*missing, *made])
+            return cls(path, lock, info, [*not_there_yet, *made])
         except BaseException as error:
             if lock:
-                _remove_files(path)
+                remove_files(path)
                 lock.close()
             for directory in made:
-                _rmdir(directory)
+                rmdir(directory)
             if isinstance(error, OSError):
                 raise ConfigError(f"output: got {cfg.output}, which cannot be written: {error}") from error
             raise
@@ -121,7 +113,7 @@ class RunDirectory:
         """An existing run, locked. Raises ConfigError when there is no run, RunLocked when another process has it."""
         path = Path(absolute(str(path)))
         read_info(path)
-        lock = _take_lock(path)
+        lock = take_lock(path)
         try:
             return cls(path, lock, read_info(path))
         except BaseException:
@@ -171,7 +163,7 @@ class RunDirectory:
         write_atomically(self.path / "plan.json", json.dumps(plan, indent=1) + "\n")
 
     def write_memory(self, memory: Mapping[str, Any]) -> None:
-        write_atomically(self.path / "memory.json", json.dumps(memory, indent=1) + "\n")
+        write_atomically(self.path / "memory.json", _compact(memory) + "\n")
 
     def write_trace(self, events: list[dict[str, Any]]) -> None:
         """Chrome trace events (chrome://tracing, Perfetto): `ts` and `dur` in microseconds.
@@ -180,14 +172,14 @@ class RunDirectory:
         """
         if all(event["ph"] == "M" for event in events):
             return
-        write_atomically(self.path / "trace.json", json.dumps(events) + "\n")
+        write_atomically(self.path / "trace.json", _compact(events) + "\n")
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add one step's row to `metrics.jsonl`; it is with the operating system when this returns.
 
         Raises OSError naming the file; a torn last line is then dropped on resume.
         """
-        line = (json.dumps(row) + "\n").encode()
+        line = (_compact(row) + "\n").encode()
         try:
             if self._metrics is None:
                 self._metrics = FileIO(self.metrics_path, "a")
@@ -216,7 +208,7 @@ class RunDirectory:
         for path in (self.metrics_path, self.path / "eval.jsonl"):
             if path.exists():
                 rows = [row for row in read_jsonl(path) if row["step"] <= after_step]
-                write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+                write_atomically(path, "".join(_compact(row) + "\n" for row in rows))
 
     def discard(self) -> None:
         """Remove this run, store included, and close: for a set-up that failed, or was killed, before any commit.
@@ -225,10 +217,10 @@ class RunDirectory:
         """
         for entry in self.store_paths:
             shutil.rmtree(Path(entry.path) / self.store_name, ignore_errors=True)
-        _remove_files(self.path)
+        remove_files(self.path)
         self.close()
         for directory in self._made or [self.path]:
-            _rmdir(directory)
+            rmdir(directory)
 
     def close(self) -> None:
         """Let go of the lock. Safe to call twice."""
@@ -244,11 +236,6 @@ class RunDirectory:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def is_run(path: str | Path) -> bool:
-    """Whether a run was set up at `path`."""
-    return (Path(path).expanduser() / "run.json").is_file()
 
 
 def read_info(path: Path) -> dict[str, Any]:
@@ -275,119 +262,6 @@ def stored_paths(path: Path, info: Mapping[str, Any]) -> list[NvmePath]:
         NvmePath(path=str(path / entry["path"]), size=entry["size"], tbw=entry.get("tbw"))
         for entry in info["store"]["paths"]
     ]
-
-
-def refuse_existing(path: Path) -> None:
-    """Raise ConfigError unless a new run can be made at `path`: absent, empty, or what a failed attempt left."""
-    if is_run(path):
-        raise ConfigError(
-            f"output: {path} already holds a run; add --resume to go on with it, "
-            "or choose another directory with --set output=..."
-        )
-    if path.exists():
-        if not path.is_dir():
-            raise ConfigError(f"output: {path} is a file; give a directory that does not exist yet")
-        foreign = sorted(entry.name for entry in path.iterdir() if not _ours(entry.name))
-        if foreign:
-            raise ConfigError(
-                f"output: {path} is not empty (it has {foreign[0]!r}) and holds no run; "
-                "choose another directory with --set output=..."
-            )
-
-
-@contextmanager
-def attempt(path: str | Path) -> Iterator[None]:
-    """Remove what the body made at `path` on the way to a run (cached data, say) if no run came about."""
-    path = Path(absolute(str(path)))
-    missing = _missing(path)
-    try:
-        yield
-    finally:
-        if not is_run(path) and (not path.is_dir() or _remove_unlocked(path)):
-            for directory in missing:
-                _rmdir(directory)
-
-
-def _remove_unlocked(path: Path) -> bool:
-    """Remove our files unless another process is setting up a run here; whether that was done."""
-    try:
-        lock = _take_lock(path)
-    except (RunLocked, ConfigError):
-        return False
-    with lock:
-        _remove_files(path)
-    return True
-
-
-def _ours(name: str) -> bool:
-    return name in (*_FILES, *_DIRECTORIES, "lock") or name.startswith(tuple(f".{file}." for file in _FILES))
-
-
-def _make_directories(path: Path) -> list[Path]:
-    """Make `path`; returns the directories that had to be made, deepest first."""
-    missing = _missing(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        for directory in missing:
-            _rmdir(directory)
-        raise ConfigError(f"output: {path} cannot be made: {error}; choose another with --set output=...") from error
-    return missing
-
-
-def _missing(path: Path) -> list[Path]:
-    """`path` and its parents that do not exist, deepest first."""
-    return [p for p in (path, *path.parents) if not p.exists()]
-
-
-def _take_lock(path: Path) -> TextIO:
-    while True:
-        try:
-            file = os.fdopen(os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644), "r+")
-        except OSError as error:
-            raise ConfigError(f"output: {path} cannot be written: {error}") from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = file.read().strip() or "unknown"
-            file.close()
-            raise RunLocked(
-                f"{path} is in use by process {holder}; wait for it or stop it, or choose another run directory"
-            ) from None
-        try:
-            current = (path / "lock").stat().st_ino == os.fstat(file.fileno()).st_ino
-        except FileNotFoundError:
-            current = False
-        if current:  # not a lock file that a discarding process has just removed
-            break
-        file.close()
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
-    return file
-
-
-def _remove_files(path: Path) -> None:
-    for entry in list(path.iterdir()):
-        if entry.name in _DIRECTORIES:
-            _remove_directory(entry)
-        elif _ours(entry.name) and entry.name != "lock":
-            entry.unlink(missing_ok=True)
-    (path / "lock").unlink(missing_ok=True)
-
-
-def _remove_directory(entry: Path) -> None:
-    if entry.name != "store":
-        shutil.rmtree(entry, ignore_errors=True)
-    else:  # the store of this run was removed by name; another run may have been told to keep its own here
-        _rmdir(entry)
-
-
-def _rmdir(path: Path) -> None:
-    try:
-        path.rmdir()
-    except OSError:
-        return  # not empty, or gone: not ours to remove
 
 
 def _portable(paths: list[NvmePath], run: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -49,6 +49,11 @@ class Samples:
     def tokens(self) -> int:
         """Non-pad tokens of one epoch."""
         return int(self._rows.meta["tokens"])
+
+    @property
+    def left_out(self) -> int:
+        """Rows that were left out because `data.padding` is false."""
+        return int(self._rows.meta["left_out"])
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """The global batch of `step` (0-based): int64 CPU tensors of shape [global_batch_size, sequence_length].
@@ -121,3 +126,11 @@ def count_tokens(batch: dict[str, Tensor]) -> int:
     if "labels" in batch:
         padding &= batch["labels"] == IGNORE
     return ids.numel() - int(padding.count_nonzero())
+
+
+def has_whole_rows(batch: Mapping[str, Tensor]) -> bool:
+    """Whether every row of the batch is one sequence without padding, as far as its masks and positions tell."""
+    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
+    if mask is not None and (mask.ndim != 2 or not bool((mask != 0).all())):
+        return False
+    return positions is None or bool((positions.diff(dim=-1) == 1).all())

@@ -1,4 +1,4 @@
-"""Where each unit's state lives: homes in RAM by plan, and extents in the store for everything durable.
+"""Where each unit's state lives: homes in RAM or CXL memory by plan, and extents in the store for everything durable.
 
 Roles: `param` (trainable weights in the compute dtype), `frozen`, `master` (low half of the float32 master, bfloat16
 runs), `exp_avg`, `exp_avg_sq`, `grad` (gradients that wait for the global norm).
@@ -7,14 +7,14 @@ runs), `exp_avg`, `exp_avg_sq`, `grad` (gradients that wait for the global norm)
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from offload import adamw
-from offload.io import BLOCK, Extent, HostBuffer, Ledger, Priority, Request, Ring, Store, allocate
+from offload.io import BLOCK, Extent, HostBuffer, HostTier, Ledger, Priority, Request, Ring, Store, copy, moving
 from offload.planner import Plan
 from offload.units import Unit
 
@@ -25,7 +25,8 @@ UPDATED_ROLES = ("param", "master", "exp_avg", "exp_avg_sq")
 
 @dataclass
 class UnitState:
-    """One unit's roles: their sizes in bytes, their RAM homes (uint8, page-aligned), and the store behind them."""
+    """One unit's roles: their sizes in bytes, their homes (uint8, page-aligned) with the memory each lies in (`tiers`,
+    `grad` too), and the store behind them."""
 
     unit: Unit
     store: Store
@@ -33,6 +34,8 @@ class UnitState:
     sizes: dict[str, int]
     homes: dict[str, Tensor] = field(default_factory=dict)
     gradient_home: Tensor | None = None
+    tiers: dict[str, HostTier] = field(default_factory=dict)
+    written: tuple[str, ...] = UPDATED_ROLES
 
     def key(self, role: str) -> str:
         """The store's name for this unit's role."""
@@ -46,7 +49,7 @@ class UnitState:
     @property
     def updated_roles(self) -> list[str]:
         """The roles an optimizer step rewrites, in store order."""
-        return [role for role in UPDATED_ROLES if role in self.sizes]
+        return [role for role in self.written if role in self.sizes]
 
     def write(self, role: str, offset: int, buffer: Tensor) -> Request:
         """Write part of a role to its shadow extent; the buffer must stay untouched until the request is done."""
@@ -84,7 +87,11 @@ def extents(
 
 
 class States:
-    """All units' states and the RAM they take."""
+    """All units' states and the memory they take.
+
+    Args:
+        tiers: memories that the plan may place homes in, by name ("cpu", "cxl").
+    """
 
     def __init__(
         self,
@@ -96,28 +103,39 @@ class States:
         clipping: bool,
         ledger: Ledger,
         pin: Callable[[Tensor], None],
+        tiers: Mapping[str, HostTier],
     ) -> None:
         self._buffers: list[HostBuffer] = []
         self.store = store
         self.dtype = dtype
 
-        def reserve(nbytes: int, category: str) -> Tensor:
-            buffer = allocate(nbytes, ledger, tier="cpu", category=category)
+        def reserve(state: UnitState, role: str, tier: str, nbytes: int) -> Tensor:
+            state.tiers[role] = tiers[tier]
+            buffer = tiers[tier].allocate(nbytes, ledger, role)
             self._buffers.append(buffer)
             pin(buffer.tensor)
             return buffer.tensor
 
-        self.units = [UnitState(u, store, dtype, role_sizes(u, dtype)) for u in units]
+        self.units = [self._unit_state(unit) for unit in units]
         for state in self.units:
             placement = plan.unit(state.unit.name).placement
             for role, nbytes in state.sizes.items():
-                if placement.get("param" if role == "frozen" else role) == "cpu":
-                    state.homes[role] = reserve(nbytes, role)
-            if clipping and state.unit.trainable and placement.get("grad") == "cpu":
-                state.gradient_home = reserve(state.unit.layout.trainable_elements * gradient_dtype.itemsize, "grad")
+                tier = placement.get(role, placement["param"])
+                if tier in tiers:
+                    state.homes[role] = reserve(state, role, tier, nbytes)
+            if clipping and state.unit.trainable and placement.get("grad") in tiers:
+                nbytes = state.unit.layout.trainable_elements * gradient_dtype.itemsize
+                state.gradient_home = reserve(state, "grad", placement["grad"], nbytes)
+
+    def _unit_state(self, unit: Unit) -> UnitState:
+        return UnitState(unit, self.store, self.dtype, role_sizes(unit, self.dtype))
+
+    def reader(self, ring: Ring, timeout: float) -> WeightReader:
+        """The current weights by parameter name, read through `ring`."""
+        return WeightReader(self, ring, timeout)
 
     def close(self) -> None:
-        """Give the RAM homes back."""
+        """Give the homes back."""
         for state in self.units:
             state.homes.clear()
             state.gradient_home = None
@@ -140,7 +158,7 @@ class States:
             order: units in the order in which the source likes to be read.
             update, staging: the optimizer's chunk buffers for trainable state, the transfer ring for frozen weights.
         """
-        trained, frozen = _Writer(update, timeout), _Writer(staging, timeout)
+        trained, frozen = Writer(update, timeout), Writer(staging, timeout)
         step = staging.nbytes // self.dtype.itemsize
         for unit in order:
             state = self.units[unit.index]
@@ -150,7 +168,7 @@ class States:
             for start in range(0, unit.layout.frozen_elements, step):
                 stop = min(start + step, unit.layout.frozen_elements)
                 with frozen.buffer() as parts:
-                    _gather(unit, False, start, stop, read, parts.take("frozen", self.dtype, stop - start))
+                    gather(unit, False, start, stop, read, parts.take("frozen", self.dtype, stop - start))
                     parts.send(state, "frozen", start * self.dtype.itemsize)
         trained.drain()
         frozen.drain()
@@ -159,12 +177,12 @@ class States:
                 self.store.publish(state.key(role))
 
     def _first_chunk(
-        self, state: UnitState, read: Callable[[str, int, int], Tensor], start: int, stop: int, writer: _Writer
+        self, state: UnitState, read: Callable[[str, int, int], Tensor], start: int, stop: int, writer: Writer
     ) -> None:
         with writer.buffer() as parts:
             n = stop - start
             master = parts.take("value", torch.float32, n)
-            _gather(state.unit, True, start, stop, read, master)
+            gather(state.unit, True, start, stop, read, master)
             param = parts.take("param", self.dtype, n)
             moments = [parts.take(role, torch.float32, n).zero_() for role in ("exp_avg", "exp_avg_sq")]
             if self.dtype == torch.bfloat16:
@@ -181,14 +199,14 @@ class States:
                 # else: fresh extents and fresh memory read as zeros already
 
     def load_homes(self) -> None:
-        """Fill the RAM homes from the store's committed extents (resume)."""
+        """Fill the homes from the store's committed extents (resume)."""
         for state in self.units:
             for role, home in state.homes.items():
                 total = self.store.padded(state.key(role))
                 state.store.read(state.key(role), 0, home[:total], Priority.COMPUTE).wait()
 
     def write_homes(self) -> None:
-        """Write every RAM home to its shadow extent and publish it (an extra commit between two due ones)."""
+        """Write every home to its shadow extent and publish it (an extra commit between two due ones)."""
         for state in self.units:
             roles = [role for role in state.updated_roles if role in state.homes]
             requests = [state.write(role, 0, state.homes[role][: self.store.padded(state.key(role))]) for role in roles]
@@ -199,7 +217,7 @@ class States:
 
 
 class WeightReader:
-    """The current weights by parameter name, for export: slices of the RAM homes or of the store."""
+    """The current weights by parameter name, for export: slices of the homes or of the store."""
 
     def __init__(self, states: States, ring: Ring, timeout: float) -> None:
         self._where = {p.name: (state, p) for state in states.units for p in state.unit.layout.params}
@@ -212,9 +230,14 @@ class WeightReader:
         state, slot = self._where[name]
         role = "param" if slot.trainable else "frozen"
         first, size = (slot.offset + start) * self._dtype.itemsize, count * self._dtype.itemsize
+        return self._bytes(state, role, first, size).view(self._dtype)
+
+    def _bytes(self, state: UnitState, role: str, first: int, size: int) -> Tensor:
+        """Bytes [first, first + size) of a role, a copy."""
         home = state.homes.get(role)
         if home is not None:
-            return home[first : first + size].view(self._dtype).clone()
+            with moving(size, state.tiers[role]):
+                return home[first : first + size].clone()
         out = torch.empty(size, dtype=torch.uint8)
         total = state.store.padded(state.key(role))
         buffer = self._ring.acquire(self._timeout)
@@ -224,13 +247,13 @@ class WeightReader:
             low, high = max(first, block), min(first + size, block + part.numel())
             out[low - first : high - first].copy_(part[low - block : high - block])
         self._ring.release(buffer)
-        return out.view(self._dtype)
+        return out
 
 
-def _gather(
+def gather(
     unit: Unit, trainable: bool, start: int, stop: int, read: Callable[[str, int, int], Tensor], out: Tensor
 ) -> None:
-    """Fill `out` with elements [start, stop) of a unit's flat space; padding becomes zero."""
+    """Fill `out` with elements [start, stop) of a unit's flat space from `read`; padding becomes zero."""
     out.zero_()
     for param, first, count, at in unit.layout.pieces(trainable, start, stop):
         out[at : at + count].copy_(read(param.name, first, count))
@@ -253,24 +276,24 @@ class _Parts:
         return self._parts[role][: elements * dtype.itemsize].view(dtype)
 
     def send(self, state: UnitState, role: str, offset: int) -> None:
-        """Write a part to the store, and to its RAM home if it has one."""
+        """Write a part to the store, and to its home if it has one."""
         part = self._parts[role]
         home = state.homes.get(role)
         if home is not None:
-            home[offset : offset + part.numel()].copy_(part[: home.numel() - offset])
+            copy(home[offset : offset + part.numel()], part[: home.numel() - offset], state.tiers[role])
         self.requests.append(state.write(role, offset, part))
 
 
-class _Writer:
+class Writer:
     """Hands out ring buffers and takes each back when its writes are done; one chunk is written behind the next."""
 
     def __init__(self, ring: Ring, timeout: float) -> None:
-        self._ring = ring
-        self._timeout = timeout
+        self.ring = ring
+        self.timeout = timeout
         self._flying: deque[tuple[Tensor, list[Request]]] = deque()
 
-    def buffer(self) -> _WriterTurn:
-        return _WriterTurn(self)
+    def buffer(self) -> _Turn:
+        return _Turn(self)
 
     def drain(self, leave: int = 0) -> None:
         """Wait until at most `leave` chunks are still being written."""
@@ -278,16 +301,16 @@ class _Writer:
             buffer, requests = self._flying.popleft()
             for request in requests:
                 request.wait()
-            self._ring.release(buffer)
+            self.ring.release(buffer)
 
 
-class _WriterTurn:
-    def __init__(self, writer: _Writer) -> None:
+class _Turn:
+    def __init__(self, writer: Writer) -> None:
         self._writer = writer
 
     def __enter__(self) -> _Parts:
         self._writer.drain(leave=1)
-        self._raw = self._writer._ring.acquire(self._writer._timeout)
+        self._raw = self._writer.ring.acquire(self._writer.timeout)
         self.parts = _Parts(self._raw)
         return self.parts
 

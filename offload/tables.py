@@ -12,38 +12,57 @@ from rich.text import Text
 
 
 def open_console(stderr: bool = False) -> Console:
-    """A console that keeps lines whole when piped."""
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=110)
+    """A console that keeps lines whole when piped, and takes texts as they are: `[` in a path is no markup."""
+    console = Console(stderr=stderr, markup=False)
+    return console if console.is_terminal else Console(stderr=stderr, markup=False, width=110)
 
 
 def size(nbytes: float) -> str:
     """Bytes for people: `1.9 GiB`."""
     value = float(nbytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(value) < 1000:
+        if abs(value) < 1000 or (unit == "GiB" and abs(value) < 1024):
             return f"{value:.0f} {unit}" if unit == "B" or abs(value) >= 100 else f"{value:.3g} {unit}"
         value /= 1024
-    return f"{value:,.4g} TiB"
+    return f"{value:,.0f} TiB" if abs(value) >= 100 else f"{value:.3g} TiB"
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: `1.23 s`, `12.3 ms`."""
-    return f"{seconds:.3g} s" if seconds >= 1 or seconds == 0 else f"{seconds * 1e3:.3g} ms"
+    """Seconds for people: `1.23 s`, `12.3 ms`, `815 us`."""
+    if seconds >= 1 or seconds == 0:
+        return f"{seconds:.3g} s"
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
 
 
 def plan_tables(plan: Mapping[str, Any]) -> RenderableType:
     """A plan (as `plan.json`): memory per tier, time per lane, placement of units."""
     parts: list[RenderableType] = [_tiers(plan), _lanes(plan), _units(plan)]
     facts = [
-        f"step {duration(plan['step_seconds'])}, {plan['tokens_per_second']:,.0f} tokens/s, "
-        f"busiest lane {plan['busiest_lane']}",
+        f"step {duration(plan['step_seconds'])}, {plan['tokens_per_second']:,.0f} tokens/s, {limit(plan)}",
         f"durable commit every {plan['commit_every']} step(s)" if "commit_every" in plan else "",
         f"planned by {plan['solver']['name']} ({plan['solver']['status']}) in {duration(plan['solver']['seconds'])}"
         + (f" for {plan['hardware']}" if plan.get("hardware") else ""),
         *plan.get("notes", ()),
+        helps(plan),
     ]
     return Group(*parts, *(Text(fact) for fact in facts if fact))
+
+
+def limit(plan: Mapping[str, Any]) -> str:
+    """What a step is bound by: the busiest lane, and what compute waits for."""
+    busiest = plan["busiest_lane"]
+    stalls = sorted(plan.get("stall_seconds", {}).items(), key=lambda item: -item[1])
+    waits = [f"{lane} {duration(s)}" for lane, s in stalls if s >= 0.02 * plan["step_seconds"]]
+    if not waits:
+        return "bound by compute" if busiest == "compute" else f"busiest lane {busiest}"
+    share = sum(seconds for _, seconds in stalls) / plan["step_seconds"]
+    return f"busiest lane {busiest}; compute waits {share:.0%} of it: for {', '.join(waits)}"
+
+
+def helps(plan: Mapping[str, Any], most: int = 4) -> str:
+    """What would bring more tokens per second, by how much."""
+    found = [f"{a['change']}: {a['speedup']:.2g}x" for a in plan.get("advice", ())[:most]]
+    return f"what would help most (tokens/s): {'; '.join(found)}" if found else ""
 
 
 def verdict(plan: Mapping[str, Any]) -> RenderableType:
@@ -65,7 +84,7 @@ def shortfall(plan: Mapping[str, Any]) -> str:
 def _tiers(plan: Mapping[str, Any]) -> Table:
     table = Table("tier", title="Memory", title_justify="left")
     for column in ("budget", "planned peak", "used"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     table.add_column("of which", overflow="fold")
     for tier, budget in plan["budget_bytes"].items():
         peak = plan["peak_bytes"].get(tier, 0)
@@ -95,8 +114,9 @@ def _lanes(plan: Mapping[str, Any]) -> Table:
 
 
 def _units(plan: Mapping[str, Any]) -> Table:
-    table = Table("units", title="Units", title_justify="left")
-    table.add_column("parameters", justify="right")
+    table = Table(title="Units", title_justify="left")
+    table.add_column("units", overflow="fold")  # in a narrow terminal nothing is cut off
+    table.add_column("parameters", justify="right", overflow="fold")
     table.add_column("where its state lives", overflow="fold")
     table.add_column("activations", overflow="fold")
     for group in runs_of_units(plan["units"]):
@@ -140,9 +160,19 @@ def activations(fractions: Mapping[str, float]) -> str:
     return ", ".join(name if share == 1 else f"{name} {share:.0%}" for name, share in parts) or "-"
 
 
+def wear(drive: Mapping[str, Any]) -> str:
+    """`2.31 GiB written since the run began, 0.003% of the rated 600 TB`; see offload.io.drives."""
+    text = f"{size(drive['written'])} written since the run began"
+    if drive["used_share"] is not None:
+        text += f", {drive['used_share']:.3%} of the rated {drive['tbw']:g} TB"
+    return text
+
+
 def run_table(summary: Mapping[str, str]) -> Table:
     """The summary of a run: one line per fact."""
     table = Table(show_header=False, title="Run", title_justify="left")
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
     for key, value in summary.items():
         table.add_row(key, value)
     return table

@@ -9,25 +9,29 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from rich.console import Console
 
-from offload import models, preflight, report, rundir, tables
+from offload import models, preflight, report, run_place, rundir, tables
 from offload.config import Config
 from offload.data import Dataset, open_dataset
 from offload.engine import Engine, Prepared, prepare
-from offload.errors import ConfigError, DoesNotFit
+from offload.errors import ConfigError, DoesNotFit, described
 from offload.io import Store, StorePath
+from offload.planner import advise
 from offload.progress import clock, open_progress
 from offload.resumable import check_resumable
 from offload.rundir import RunDirectory
 from offload.trackers import open_trackers, train_values
+from offload.zo_processes import own_config, world
 
 INTERRUPTED = 130
-MEMORY_JSON_SECONDS = 30.0  # how old the memory figures of a killed run can be
+ADVISED_SECONDS = 60.0  # planned length of a run from which on its plan is compared with others
+MEMORY_JSON_SECONDS = 30.0  # how old memory.json and trace.json of a killed run can be
 
 
 class Stop:
@@ -69,15 +73,18 @@ def run(
     a no ends with nothing written and code 0. Raises OffloadError and StoreError; ConfigError and DoesNotFit are raised
     before anything is written.
     """
-    console = tables.open_console()
+    cfg = own_config(cfg)
+    console = tables.open_console() if world()[1] == 0 else Console(quiet=True)
     preflight.check(cfg)
     path = Path(cfg.output).expanduser()
     going_on = resume and _committed(path)
     if going_on:
-        check_resumable(rundir.read_config(path), cfg)
-    elif not (resume and rundir.is_run(path)):
-        rundir.refuse_existing(path.absolute())
-    with Stop().installed() as stop, rundir.attempt(path):
+        saved = rundir.read_config(path)
+        cfg = cfg.with_micro_batch_size(saved.train.micro_batch_size)  # auto: what was chosen when the run began
+        check_resumable(saved, cfg)
+    elif not (resume and run_place.is_run(path)):
+        run_place.refuse_existing(path.absolute())
+    with Stop().installed() as stop, run_place.attempt(path):
         dataset = None
         try:
             if cfg.train.steps is None:  # the length of an epoch is known from the data only
@@ -85,7 +92,8 @@ def run(
                 cfg = _with_steps(cfg, dataset)
             if last_step is not None and last_step > (cfg.train.steps or 0):
                 cfg = Config.load(cfg, [f"train.steps={last_step}"])
-            prepared = prepare(cfg)
+            prepared = advised(prepare(cfg))
+            cfg = prepared.config
             plan = prepared.plan.to_json()
             console.print(tables.plan_tables(plan))
             refuse_unfit(plan)
@@ -97,6 +105,11 @@ def run(
             with _open_engine(cfg, prepared, path, going_on) as engine:
                 last = cfg.train.steps or 0 if last_step is None else last_step
                 return _train(cfg, last, engine, dataset, stop, console)
+        except Exception:
+            if _committed(path):
+                with contextlib.suppress(Exception):  # the error under way matters more
+                    report.build(path)
+            raise
         except KeyboardInterrupt:
             if _committed(path):
                 message = "interrupted; the last committed step stays: go on with --resume"
@@ -107,11 +120,22 @@ def run(
                 dataset.close()
 
 
+def advised(prepared: Prepared) -> Prepared:
+    """The plan with what would make it faster, for the report; by the quick solver, which is within a few percent.
+
+    It takes about two seconds, so runs that are planned to be short go without.
+    """
+    if prepared.plan.step_seconds * (prepared.config.train.steps or 0) < ADVISED_SECONDS:
+        return prepared
+    advice = advise(prepared.workload, prepared.budgets, prepared.hardware, "greedy")
+    return replace(prepared, plan=replace(prepared.plan, advice=advice))
+
+
 def refuse_unfit(plan: dict[str, Any]) -> None:
     """Raise for a plan that does not fit: ConfigError where a budget cannot hold even one unit, else DoesNotFit."""
     if plan["fits"]:
         return
-    least = plan["layout"]["lower_bound_bytes"]
+    least = plan["layout"]["one_unit_bytes"]
     arena_in_ram = "device" in plan["categories"].get("cpu", {})
     for key in ("cpu", "gpu") if arena_in_ram else ("gpu",):
         budget = plan["budget_bytes"][key]
@@ -151,7 +175,7 @@ def _save_model(engine: Engine, tokenizer: Any) -> None:
 
 def _committed(path: Path) -> bool:
     """Whether a run at `path` has a committed step to go on from."""
-    if not rundir.is_run(path):
+    if not run_place.is_run(path):
         return False
     info = rundir.read_info(path)
     places = [StorePath(Path(entry.path), 1) for entry in rundir.stored_paths(path.absolute(), info)]
@@ -169,7 +193,7 @@ def _open_engine(cfg: Config, prepared: Prepared, path: Path, going_on: bool) ->
             with RunDirectory.open(path) as directory:
                 directory.write_config(before)
             raise
-    if rundir.is_run(path):  # set up and then killed before its first commit
+    if run_place.is_run(path):  # set up and then killed before its first commit
         RunDirectory.open(path).discard()
     return Engine.create(cfg, prepared=prepared)
 
@@ -181,7 +205,7 @@ def _open_dataset(cfg: Config, path: Path) -> Dataset:
         cfg.data,
         models.locate(cfg.model, weights=False),
         vocab_size=model.config.get_text_config().vocab_size,
-        micro_batch_size=cfg.train.micro_batch_size,
+        micro_batch_size=1 if cfg.train.micro_batch_size == "auto" else cfg.train.micro_batch_size,  # any divides it
         global_batch_size=cfg.train.global_batch_size,
         seed=cfg.train.seed,
         cache_dir=path / "cache",
@@ -197,11 +221,11 @@ def _with_steps(cfg: Config, dataset: Dataset) -> Config:
 def _train(cfg: Config, steps: int, engine: Engine, dataset: Dataset, stop: Stop, console: Console) -> int:
     run = engine.run
     began, first = time.perf_counter(), engine.completed_steps
-    progress = open_progress(console, first, steps)
+    progress = open_progress(console, first, steps, engine.plan.budget_bytes, lambda: engine.doing)
     trackers = open_trackers(cfg, run, first)
     stop.announce = lambda: progress.note("stopping after this step; once more to drop it and stop now")
     stop.deferred = True
-    logged = began
+    logged = -math.inf  # the first step is in the logs at once
     try:
         if first:
             progress.note(f"going on after step {first}")
@@ -211,7 +235,7 @@ def _train(cfg: Config, steps: int, engine: Engine, dataset: Dataset, stop: Stop
             result = engine.step(dataset.train.batch(index))
             row = run.last_row
             assert row is not None  # engine.step wrote it
-            progress.step(row)
+            progress.step(row, engine.stalls, engine.ram_peak)
             for tracker in trackers:
                 tracker.log(train_values(row), result.step)
             if cfg.train.eval_every and result.step % cfg.train.eval_every == 0:
@@ -225,14 +249,17 @@ def _train(cfg: Config, steps: int, engine: Engine, dataset: Dataset, stop: Stop
             if time.perf_counter() - logged > MEMORY_JSON_SECONDS:
                 logged = time.perf_counter()
                 engine.write_memory()
+                engine.write_trace()
         engine.commit()
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # a full disk, say: the error under way tells more
+            engine.write_memory(failure=described(error))
+        raise
     finally:
         stop.deferred = False
         progress.close()
         for tracker in trackers:
             tracker.close()
-        with contextlib.suppress(OSError):  # a full disk, say: the error under way tells more
-            engine.write_memory()
     if stop.requested and engine.completed_steps < steps:
         engine.close()
         report.build(run.path)
@@ -241,8 +268,8 @@ def _train(cfg: Config, steps: int, engine: Engine, dataset: Dataset, stop: Stop
     if steps == 0:
         console.print(f"loaded and committed; {run.path}", highlight=False)
         return 0
-    _save_model(engine, dataset.tokenizer)
-    engine.write_memory()
+    if world()[1] == 0:
+        _save_model(engine, dataset.tokenizer)
     engine.close()
     console.print(tables.run_table(report.summary(report.build(run.path))))
     console.print(f"took {clock(time.perf_counter() - began)}; model in {run.model_path}", highlight=False)

@@ -68,7 +68,7 @@ def find_units(model: nn.Module) -> list[Unit]:
     groups = _merge_tied(singles)
 
     order = {id(m): i for i, m in enumerate(model.modules())}
-    head = _call(model, "get_output_embeddings")
+    head = output_embeddings(model)
     embedding = _call(model, "get_input_embeddings")
     found: list[tuple[float, str, list[nn.Module]]] = [(order[id(b)], "block", [b]) for b in blocks]
     for group in groups:
@@ -129,7 +129,7 @@ def _single_layers(
     model: nn.Module, inside: dict[int, nn.Module], owners: dict[int, list[nn.Module]], largest: int
 ) -> list[nn.Module]:
     """Layers outside the blocks that are units: the embeddings, what is tied to them, and other large single layers."""
-    wanted = [_call(model, "get_input_embeddings"), _call(model, "get_output_embeddings")]
+    wanted = [_call(model, "get_input_embeddings"), output_embeddings(model)]
     chosen: list[nn.Module] = []
     for module in wanted:
         if isinstance(module, nn.Module) and id(module) not in inside and all(module is not m for m in chosen):
@@ -158,6 +158,11 @@ def _merge_tied(modules: list[nn.Module]) -> list[list[nn.Module]]:
         merged = [m for g in joined for m in g] + [module]
         groups = [g for g in groups if all(g is not j for j in joined)] + [merged]
     return groups
+
+
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """The module that computes the model's logits over its vocabulary, None where it has none."""
+    return _call(model, "get_output_embeddings")
 
 
 def _call(model: nn.Module, method: str) -> nn.Module | None:

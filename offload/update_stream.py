@@ -1,47 +1,43 @@
 """The optimizer lane: AdamW over each unit's state, chunk by chunk, wherever the state lives.
 
     store ──read──► chunk buffer ─┐                        ┌─► shadow extents in the store (write-behind)
-    RAM homes ────(in place)──────┴─► merge, AdamW, split ─┴─► RAM homes
+    homes ────────(in place)──────┴─► merge, AdamW, split ─┼─► homes in RAM or CXL memory
+    device slot ──(weights)───────┘                        └─► device slot
 
-One job per unit and step. With clipping the jobs are queued at the end of backward, in the order in which the next
-forward will visit the units, and run ahead of it; without, a unit's job is queued as soon as its gradient landed.
-A step's jobs are followed by its commit; the next step's jobs wait for that, so that what a commit names never changes
-under it.
+One job per unit and step. Without clipping a unit's job is submitted when its gradient is complete: it takes the
+weights from the slot in which backward used them. With clipping the jobs wait, in the order in which the next forward
+will visit the units, and each starts when that forward has a slot for its unit: the update leaves the new weights
+there, so they cross to the device without being read again. Either way the state of the units to come is read ahead as
+far as chunk buffers are free. A step's jobs are followed by its commit; the next step's jobs wait for that, so that
+what a commit names never changes under it.
+
+The lane waits only for store reads, for chunk buffers (freed by store writes) and for commits (which wait for updates
+before them); none of these waits for the lane's next job, so there is no cycle.
 """
 
 from __future__ import annotations
 
+import queue
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from offload import adamw
-from offload.adamw import Hyper
-from offload.device import limit_lane_threads
+from offload.adamw import Hyper, Kernel
+from offload.device import Device, limit_lane_threads, optimizer_threads
 from offload.errors import OffloadError
-from offload.io import Priority, Request, Ring
-from offload.state import CHUNK_ELEMENTS, States, UnitState, role_dtype
+from offload.io import Ring
+from offload.state import CHUNK_ELEMENTS, States, UnitState
 from offload.trace import Trace
 from offload.units import Unit
+from offload.update_chunk import Chunk, Job, Lent, UnitUpdate, Writes
 
-
-@dataclass
-class UnitUpdate:
-    """One unit's update: `ready` when its new weights can be read, `durable` when everything due is in the store."""
-
-    ready: Future[None] = field(default_factory=Future)
-    durable: Future[None] = field(default_factory=Future)
-
-    def fail(self, error: BaseException) -> None:
-        """Pass an error to whoever waits for this update."""
-        for future in (self.ready, self.durable):
-            if not future.done():
-                future.set_exception(error)
+_STOP, _LOOK = object(), object()
 
 
 class UpdateStream:
@@ -49,23 +45,47 @@ class UpdateStream:
 
     Args:
         states: where every unit's state lives.
-        ring: chunk buffers; each holds all roles of one chunk and float32 scratch.
-        gradient_dtype: what gradients that wait in a home or in the store are kept in.
+        ring: chunk buffers; each holds all roles of one chunk.
+        gradient_dtype: what gradients are summed in, and kept in while they wait.
         timeout: seconds one chunk may wait for a buffer.
     """
 
-    def __init__(self, states: States, ring: Ring, gradient_dtype: torch.dtype, trace: Trace, timeout: float) -> None:
+    def __init__(
+        self,
+        states: States,
+        ring: Ring,
+        gradient_dtype: torch.dtype,
+        device: Device,
+        trace: Trace,
+        timeout: float,
+    ) -> None:
         self._states = states
         self._ring = ring
         self._gradient_dtype = gradient_dtype
+        self._device = device
         self._trace = trace
         self._timeout = timeout
-        self._scratch = _Scratch()
+        self._kernel = Kernel(optimizer_threads(device.name))
         self._latest: dict[int, UnitUpdate] = {}
+        self._waiting: dict[int, Job] = {}  # deferred, in the order of the visits to come
+        self._trials: dict[int, Job] = {}  # of this step, not decided
+        self._started: deque[Job] = deque()
         self._commit: Future[None] = _done()
         self._failed: BaseException | None = None
-        self._lane = ThreadPoolExecutor(1, thread_name_prefix="optimizer", initializer=limit_lane_threads)
-        self._commit_lane = ThreadPoolExecutor(1, thread_name_prefix="commit", initializer=limit_lane_threads)
+        self._closed = False
+        self._lock = threading.Lock()
+        # Read ahead: units whose update comes next, which of their roles, and the chunks on their way.
+        self._coming: deque[int] = deque()
+        self._coming_roles: dict[int, list[str]] = {}
+        self._ahead: deque[Chunk] = deque()
+        self._announced = self._read_for = 0  # announcements made, and the one that `_ahead` was read for
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._lane = threading.Thread(target=self._serve, name="optimizer", daemon=True)
+        self._lane.start()
+        # Not an executor: the interpreter would wait at its exit for commits whose updates nobody starts any more.
+        self._commits: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._commit_lane = threading.Thread(target=self._serve_commits, name="commit", daemon=True)
+        self._commit_lane.start()
 
     def submit(
         self,
@@ -74,33 +94,74 @@ class UpdateStream:
         steps: dict[str, int],
         hyper: Hyper,
         durable: bool,
-        landing: Tensor | None = None,
+        gradient: Tensor | None = None,
         done: Callable[[], None] | None = None,
+        lent: Lent | None = None,
+        trial: Future[bool] | None = None,
     ) -> None:
-        """Queue one unit's update.
+        """Queue one unit's update; see `Job` for the arguments."""
+        job = self._job(unit, present, steps, hyper, durable, gradient, done, lent)
+        if trial is not None:
+            job.trial = trial
+            with self._lock:
+                self._trials[unit.index] = job
+        self._start(job)
 
-        Args:
-            present: parameters that have a gradient; the others are carried over unchanged.
-            steps: the step count of each parameter, this update included.
-            durable: write RAM homes to the store too, because this step is to be committed.
-            landing: the summed gradient, float32 [trainable elements]; None to take it from its home or the store.
-            done: called when `landing` may be reused.
-        """
-        job = _Job(self._states.units[unit.index], present, dict(steps), hyper, durable, landing, done, self._commit)
-        self._latest[unit.index] = job.update
-        queued = self._lane.submit(self._run, job)
-        queued.add_done_callback(lambda future: _dropped(job) if future.cancelled() else None)
+    def can_try(self, unit: Unit) -> bool:
+        """Whether an update of this unit can be taken back: nothing of its state is updated in place."""
+        return not self._states.units[unit.index].homes
+
+    def defer(self, unit: Unit, present: set[str], steps: dict[str, int], hyper: Hyper, durable: bool) -> None:
+        """Hold one unit's update back until `start`, or `start_all`: its gradient waits in its home or the store."""
+        with self._lock:
+            trial = self._trials.pop(unit.index, None)
+        job = self._job(unit, present, steps, hyper, durable, None, None, None)
+        if trial is not None:  # it was taken back
+            job.previous, job.retried = trial.previous, trial.update
+        with self._lock:
+            self._waiting[unit.index] = job
+
+    def forget_trials(self) -> None:
+        """All trials stand: the next updates are ordinary ones again."""
+        with self._lock:
+            self._trials.clear()
+
+    def expect(self, units: Sequence[Unit], roles: Sequence[str]) -> None:
+        """Announce the updates to come, in order, and which roles may be read ahead of them (`grad` where it waits)."""
+        with self._lock:
+            self._coming = deque(u.index for u in units if u.trainable)
+            self._coming_roles = {
+                u.index: [r for r in (*self._states.units[u.index].updated_roles, "grad") if r in roles] for u in units
+            }
+            self._announced += 1
+        self._inbox.put(_LOOK)
+
+    def start(self, unit: Unit, lent: Lent | None) -> bool:
+        """Start the unit's deferred update, if it has one; it leaves the new weights in the slot that is lent to it."""
+        with self._lock:
+            job = self._waiting.pop(unit.index, None)
+        if job is None:
+            return False
+        job.lent = lent
+        self._start(job)
+        return True
+
+    def start_all(self) -> None:
+        """Start the deferred updates that nobody asked for, in order."""
+        while self._waiting:
+            self.start(self._states.units[next(iter(self._waiting))].unit, None)
 
     def commit(self, meta: dict[str, Any], first: Callable[[], None], then: Callable[[], None]) -> None:
         """After all updates queued so far are durable, call `first`, make the store's next version, call `then`."""
         updates = list(self._latest.values())
-        self._commit = self._commit_lane.submit(self._commit_now, updates, meta, first, then)
+        self._commit = Future()
+        self._commits.put((self._commit, updates, meta, first, then))
 
     def wait_ready(self, unit: Unit) -> None:
         """Block until the unit's latest weights can be read; raises the update's error."""
         update = self._latest.get(unit.index)
         if update is not None:
-            update.ready.result()
+            update.ready.result(self._timeout)
 
     def check(self) -> None:
         """Raise the error of an update or commit that has failed; does not wait."""
@@ -109,18 +170,65 @@ class UpdateStream:
                 future.result()
 
     def flush(self) -> None:
-        """Wait for every queued update and commit; raises the first error."""
+        """Wait for every update and commit, deferred ones too; raises the first error."""
+        self.start_all()
         for update in list(self._latest.values()):
             update.ready.result()
             update.durable.result()
         self._commit.result()
 
     def close(self) -> None:
-        """Stop the lanes; queued updates that have not begun are dropped."""
-        self._lane.shutdown(wait=True, cancel_futures=True)
-        self._commit_lane.shutdown(wait=True, cancel_futures=True)
+        """Stop the lanes; updates that have not begun are dropped."""
+        with self._lock:
+            self._closed = True
+            dropped = list(self._waiting.values())
+            self._waiting.clear()
+        for job in dropped:
+            _drop(job)
+        self._inbox.put(_STOP)
+        self._lane.join()
+        self._kernel.close()
+        self._commits.put(_STOP)
+        self._commit_lane.join()
+
+    def _job(
+        self,
+        unit: Unit,
+        present: set[str],
+        steps: dict[str, int],
+        hyper: Hyper,
+        durable: bool,
+        gradient: Tensor | None,
+        done: Callable[[], None] | None,
+        lent: Lent | None,
+    ) -> Job:
+        state, previous = self._states.units[unit.index], self._latest.get(unit.index)
+        job = Job(state, present, dict(steps), hyper, durable, gradient, done, lent, self._commit, previous)
+        self._latest[unit.index] = job.update
+        return job
+
+    def _start(self, job: Job) -> None:
+        with self._lock:
+            closed = self._closed
+            if not closed:
+                self._started.append(job)
+        if closed:
+            _drop(job)
+            raise OffloadError("the optimizer lane is closed")
+        self._inbox.put(_LOOK)
 
     # ---- the lanes' threads ----
+
+    def _serve_commits(self) -> None:
+        limit_lane_threads()
+        while (commit := self._commits.get()) is not _STOP:
+            future, *arguments = commit
+            try:
+                self._commit_now(*arguments)
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(None)
 
     def _commit_now(
         self, updates: list[UnitUpdate], meta: dict[str, Any], first: Callable[[], None], then: Callable[[], None]
@@ -132,254 +240,141 @@ class UpdateStream:
             self._states.store.commit(meta)
         then()
 
-    def _run(self, job: _Job) -> None:
+    def _serve(self) -> None:
+        limit_lane_threads()
+        while self._inbox.get() is not _STOP:
+            while self._started and not self._closed:
+                self._run(self._started.popleft())
+            try:
+                self._read_ahead(None, 0)
+            except BaseException as error:  # the next job has to hear of it
+                self._failed = error
+        for job in self._started:
+            _drop(job)
+
+    def _run(self, job: Job) -> None:
         try:
             if self._failed is not None:  # its buffers are lost to the ring: nobody may wait for them
                 raise self._failed
-            job.before.result()
-            writes = _Writes(job.state, job.update)
-            if not job.present:  # no gradient: its state is as it was, and what of it lives in RAM may be due
-                self._write_homes(job, writes)
-                return
-            elements = job.state.unit.layout.trainable_elements
-            starts = list(range(0, elements, CHUNK_ELEMENTS))
-            ahead = self._load(job, starts[0])
-            for following in [*starts[1:], None]:
-                chunk = ahead
-                chunk.wait()
-                if following is not None:
-                    ahead = self._load(job, following)
-                with self._trace.span("optimizer", job.state.unit.name):
-                    chunk.step(job.present, job.steps, job.hyper, self._scratch)
-                chunk.store(writes, job.durable, self._ring)
-            if "param" in job.state.homes:
-                job.update.ready.set_result(None)
-            writes.finish()
+            self._update(job)
         except BaseException as error:
             self._failed = error
-            job.update.fail(error)
-            raise
+            job.fail(error)
         finally:
             if job.done is not None:
                 job.done()
 
-    def _write_homes(self, job: _Job, writes: _Writes) -> None:
+    def _update(self, job: Job) -> None:
+        job.before.result()
+        if job.previous is not None:
+            job.previous.ready.result(self._timeout)
+        if job.retried is not None:
+            job.retried.written.result(self._timeout)
+        with self._lock:
+            while job.unit.index in self._coming and self._coming.popleft() != job.unit.index:
+                pass  # expected, but passed over this time
+        writes = Writes(job)
+        if job.lent is not None:
+            self._device.wait(job.lent.released)
+        if job.present:
+            self._update_chunks(job, writes)
+        else:  # no gradient: its state is as it was, and what of it lives in RAM may be due
+            self._carry_over(job, writes)
+        if "param" in job.state.homes:
+            job.update.ready.set_result(None)
+        if job.lent is not None:
+            job.lent.filled.set_result(None)
+        writes.finish()
+
+    def _update_chunks(self, job: Job, writes: Writes) -> None:
+        for start in range(0, job.unit.layout.trainable_elements, CHUNK_ELEMENTS):
+            chunk = self._take_chunk(job.state, start)
+            self._read_ahead(job, start + CHUNK_ELEMENTS)
+            chunk.take(job, self._device)
+            with self._trace.span("optimizer", job.unit.name):
+                chunk.step(job, self._kernel)
+            if job.lent is not None:
+                with self._trace.span("h2d", job.unit.name, chunk.weight_bytes):
+                    chunk.place(job.lent, self._device)
+            chunk.store(writes, job.durable, self._release)
+
+    def _carry_over(self, job: Job, writes: Writes) -> None:
         for role in job.state.updated_roles:
             home = job.state.homes.get(role)
             if job.durable and home is not None:
                 writes.add(role, job.state.write(role, 0, home[: job.state.store.padded(job.state.key(role))]))
-        job.update.ready.set_result(None)
-        writes.finish()
+        if job.lent is not None and not job.lent.current:
+            self._fill(job.state, job.lent.weights)
 
-    def _load(self, job: _Job, start: int) -> _Chunk:
-        return _Chunk(job, start, self._ring.acquire(self._timeout), self._gradient_dtype)
+    def _fill(self, state: UnitState, slot: Tensor) -> None:
+        """A slot that was lent for new weights, when there are none: the unit's weights as they are."""
+        for start in range(0, state.unit.layout.trainable_elements, CHUNK_ELEMENTS):
+            chunk = self._take_chunk(state, start)
+            chunk.read(["param"])
+            chunk.wait()
+            chunk.place(Lent(slot, False, None), self._device)
+            self._release(chunk.buffer)
 
+    # ---- read-ahead ----
 
-@dataclass
-class _Job:
-    """One unit's update in one step; see `UpdateStream.submit`. `before` is the commit it has to wait for."""
+    def _take_chunk(self, state: UnitState, start: int) -> Chunk:
+        """The chunk, if it was read ahead; otherwise a fresh one, for which what was read ahead in vain makes room."""
+        self._drop_stale()
+        while self._ahead:
+            chunk = self._ahead.popleft()
+            if chunk.state is state and chunk.start == start:
+                return chunk
+            self._drop_chunk(chunk)
+        return Chunk(state, start, self._ring.acquire(self._timeout), self._gradient_dtype)
 
-    state: UnitState
-    present: set[str]
-    steps: dict[str, int]
-    hyper: Hyper
-    durable: bool
-    landing: Tensor | None
-    done: Callable[[], None] | None
-    before: Future[None]
-    update: UnitUpdate = field(default_factory=UnitUpdate)
-
-
-class _Scratch:
-    """Cache-sized working memory of the optimizer lane: the float32 master, a widened gradient, and bits of either."""
-
-    def __init__(self) -> None:
-        self.master, self.gradient = torch.empty(2, adamw.CACHE_ELEMENTS, dtype=torch.float32)
-        self.bits = torch.empty(adamw.CACHE_ELEMENTS, dtype=torch.int32)
-
-
-class _Chunk:
-    """One chunk of one unit's state: views into RAM homes where it has them, else parts of a ring buffer being read."""
-
-    def __init__(self, job: _Job, start: int, buffer: Tensor, gradient_dtype: torch.dtype) -> None:
-        self._state = job.state
-        self._start = start
-        self._count = min(CHUNK_ELEMENTS, job.state.unit.layout.trainable_elements - start)
-        self._buffer = buffer
-        self._end = 0
-        self._reads: list[Request] = []
-        self._raw: dict[str, Tensor] = {}
-        self.roles = {role: self._role(role) for role in job.state.updated_roles}
-        self._gradient = self._waiting_gradient(job.landing, gradient_dtype)
-
-    def wait(self) -> None:
-        """Return when everything this chunk reads has arrived."""
-        for request in self._reads:
-            request.wait()
-
-    def step(self, present: set[str], steps: dict[str, int], hyper: Hyper, scratch: _Scratch) -> None:
-        """AdamW over the pieces of parameters in this chunk, a cache-sized part at a time."""
-        layout = self._state.unit.layout
-        for at in range(0, self._count, adamw.CACHE_ELEMENTS):
-            stop = min(at + adamw.CACHE_ELEMENTS, self._count)
-            pieces = [
-                (p.name, offset, offset + count)
-                for p, _, count, offset in layout.pieces(True, self._start + at, self._start + stop)
-                if p.name in present
-            ]
-            if pieces:
-                self._step_part(pieces, at, stop, steps, hyper, scratch)
-
-    def _step_part(
-        self,
-        pieces: list[tuple[str, int, int]],
-        at: int,
-        stop: int,
-        steps: dict[str, int],
-        hyper: Hyper,
-        scratch: _Scratch,
-    ) -> None:
-        n = stop - at
-        param, exp_avg, exp_avg_sq = (self.roles[role][at:stop] for role in ("param", "exp_avg", "exp_avg_sq"))
-        gradient = self._gradient[at:stop]
-        if gradient.dtype != torch.float32:
-            gradient = scratch.gradient[:n].copy_(gradient)
-        if hyper.coefficient is not None:
-            gradient.mul_(hyper.coefficient)
-        low = self.roles["master"][at:stop] if "master" in self.roles else None
-        master = param
-        if low is not None:
-            master = scratch.master[:n]
-            adamw.merge_master(param, low, exp_avg_sq, master, scratch.bits[:n])
-        adamw.fused_step(
-            [master[a:b] for _, a, b in pieces],
-            [gradient[a:b] for _, a, b in pieces],
-            [exp_avg[a:b] for _, a, b in pieces],
-            [exp_avg_sq[a:b] for _, a, b in pieces],
-            [steps[name] for name, _, _ in pieces],
-            hyper,
-        )
-        if low is not None:
-            adamw.split_master(master, param, low, exp_avg_sq, scratch.bits[:n])
-
-    def store(self, writes: _Writes, durable: bool, ring: Ring) -> None:
-        """Start the writes of this chunk; the ring buffer goes back when those that leave from it are done."""
-        leaving: list[Request] = []
-        for role in self._state.updated_roles:
-            itemsize = role_dtype(role, self._state.dtype).itemsize
-            home = self._state.homes.get(role)
-            if home is None:
-                leaving.append(self._state.write(role, self._start * itemsize, self._raw[role]))
-            elif durable:
-                first = self._start * itemsize
-                stop = min(first + CHUNK_ELEMENTS * itemsize, self._state.store.padded(self._state.key(role)))
-                writes.add(role, self._state.write(role, first, home[first:stop]))
-        buffer = self._buffer
-        left = _Countdown(len(leaving), lambda: ring.release(buffer))
-        for role, request in zip(
-            [r for r in self._state.updated_roles if r not in self._state.homes], leaving, strict=True
-        ):
-            writes.add(role, request)
-            request.add_done_callback(lambda _: left.down())
-
-    def _role(self, role: str) -> Tensor:
-        dtype = role_dtype(role, self._state.dtype)
-        home = self._state.homes.get(role)
-        if home is not None:
-            return home.view(dtype)[self._start : self._start + self._count]
-        part = self._take(dtype, role)
-        self._read(role, dtype)
-        return part
-
-    def _waiting_gradient(self, landing: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """The chunk's gradient where it waits: just landed, in its RAM home, or on its way from the store."""
-        span = slice(self._start, self._start + self._count)
-        if landing is not None:
-            return landing.view(torch.float32)[span]
-        home = self._state.gradient_home
-        if home is not None:
-            return home.view(dtype)[span]
-        waiting = self._take(dtype, "grad")
-        self._read("grad", dtype)
-        return waiting
-
-    def _read(self, role: str, dtype: torch.dtype) -> None:
-        key = self._state.key(role)
-        offset = self._start * dtype.itemsize
-        self._reads.append(self._state.store.read(key, offset, self._raw[role], Priority.STATE))
-
-    def _take(self, dtype: torch.dtype, role: str | None = None) -> Tensor:
-        nbytes = -(-self._count * dtype.itemsize // 4096) * 4096
-        part = self._buffer[self._end : self._end + nbytes]
-        self._end += nbytes
-        if role is not None:
-            self._raw[role] = part
-        return part[: self._count * dtype.itemsize].view(dtype)
-
-
-class _Writes:
-    """All writes of one unit's update; publishes each role when it is complete and settles the update's futures."""
-
-    def __init__(self, state: UnitState, update: UnitUpdate) -> None:
-        self._state = state
-        self._update = update
-        self._roles: set[str] = set()
-        self._error: BaseException | None = None
-        self._left = _Countdown(1, self._settle)  # one more than the writes: `finish` takes it away
-
-    def add(self, role: str, request: Request) -> None:
-        self._roles.add(role)
-        self._left.up()
-        request.add_done_callback(self._one_done)
-
-    def finish(self) -> None:
-        """All writes were added."""
-        self._left.down()
-
-    def _one_done(self, request: Request) -> None:
-        if request.error is not None:
-            self._error = request.error
-        self._left.down()
-
-    def _settle(self) -> None:
-        try:
-            if self._error is not None:
-                raise self._error
-            for role in self._roles:
-                self._state.store.publish(self._state.key(role))
-        except BaseException as error:  # this may run in an I/O thread: whoever waits for the update has to see it
-            self._update.fail(error)
+    def _read_ahead(self, job: Job | None, start: int) -> None:
+        """Start to read the chunks to come while buffers are free: the job's own from `start` on, then other units'."""
+        if self._failed is not None or self._closed:
             return
-        for future in (self._update.ready, self._update.durable):
-            if not future.done():
-                future.set_result(None)
+        self._drop_stale()
+        for state, first, roles in islice(self._to_come(job, start), len(self._ahead), None):
+            buffer = self._ring.try_acquire()
+            if buffer is None:
+                return
+            chunk = Chunk(state, first, buffer, self._gradient_dtype)
+            self._ahead.append(chunk)
+            chunk.read(roles)
 
-
-class _Countdown:
-    """Calls a function once, when as many `down`s as `up`s have come."""
-
-    def __init__(self, count: int, then: Callable[[], None]) -> None:
-        self._lock = threading.Lock()
-        self._count = count
-        self._then = then
-        if count == 0:
-            then()
-
-    def up(self) -> None:
+    def _to_come(self, job: Job | None, start: int) -> Iterator[tuple[UnitState, int, list[str]]]:
+        if job is not None:
+            roles = self._coming_roles.get(job.unit.index, [])
+            for first in range(start, job.unit.layout.trainable_elements, CHUNK_ELEMENTS):
+                yield job.state, first, roles
         with self._lock:
-            self._count += 1
+            coming = list(self._coming)
+            queued = {job.unit.index: job for job in (*self._waiting.values(), *self._started)}
+        for index in coming:
+            state = self._states.units[index]
+            before = queued[index].previous if index in queued else self._latest.get(index)
+            if before is not None and not (before.ready.done() and before.ready.exception() is None):
+                return  # its last update is not in the store yet
+            for first in range(0, state.unit.layout.trainable_elements, CHUNK_ELEMENTS):
+                yield state, first, self._coming_roles[index]
 
-    def down(self) -> None:
+    def _drop_stale(self) -> None:
+        """What was read for an earlier announcement and not used may not be what the store holds now."""
         with self._lock:
-            self._count -= 1
-            last = self._count == 0
-        if last:
-            self._then()
+            stale, self._read_for = self._read_for != self._announced, self._announced
+        while stale and self._ahead:
+            self._drop_chunk(self._ahead.popleft())
+
+    def _drop_chunk(self, chunk: Chunk) -> None:
+        chunk.wait()
+        self._release(chunk.buffer)
+
+    def _release(self, buffer: Tensor) -> None:
+        self._ring.release(buffer)
+        self._inbox.put(_LOOK)
 
 
-def _dropped(job: _Job) -> None:
-    """`close` dropped the job before it began; the commit that waits for it has to hear of it."""
-    job.update.fail(OffloadError(f"the update of {job.state.unit.name} was dropped: the engine was closed"))
+def _drop(job: Job) -> None:
+    """`close` dropped the job before it began; whoever waits for it has to hear of it."""
+    job.fail(OffloadError(f"the update of {job.unit.name} was dropped: the engine was closed"))
 
 
 def _done() -> Future[None]:

@@ -1,17 +1,21 @@
 """Weights on their way to the device: a fixed number of slots, filled ahead of compute in the order of visits.
 
-    store ──read──► staging ring ──copy──► device slot ──bind──► parameter views        (or RAM home ──copy──► slot)
+    store ──read──► staging ring ──copy──► device slot ──bind──► parameter views   (or home ──copy──► slot)
+    optimizer update ──new weights──────────────┘
 
-Slots are taken in the order of the visits to come and given back when a visit ends, by the main thread alone; the lane
-that fills them waits only for store reads and for optimizer updates, which never wait for a slot. So there is no cycle.
-A slot that is free keeps its unit until another needs the room: at the turn from forward to backward nothing is read
-twice.
+Slots are taken in the order of the visits to come and given back when a visit ends, or when the optimizer update that
+they were lent to is done with them. The lane that fills slots waits only for store reads and for updates that have
+started; an update starts when it has its slot and never waits for another. So there is no cycle. A slot that is free
+keeps its unit until another needs the room: at the turn from forward to backward, and from an update to the next
+forward, nothing is read twice. (On a CPU the store reads into the slot itself; nothing is staged.)
 """
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,13 +25,13 @@ from torch import Tensor
 
 from offload.device import Device, limit_lane_threads
 from offload.errors import OffloadError
-from offload.io import Priority, Request, Ring
+from offload.io import Ring
+from offload.slot_loads import SlotLoads
 from offload.state import UnitState
 from offload.trace import Trace
 from offload.units import Unit
-
-# Reads in flight for one unit; the staging ring holds a few more for the gradient lane.
-READS_AHEAD = 2
+from offload.update_chunk import Lent
+from offload.update_stream import UpdateStream
 
 
 @dataclass
@@ -37,6 +41,7 @@ class _Slot:
     unit: Unit | None = None
     filled: Future[None] | None = None
     bound: bool = False
+    lent: bool = False  # to an optimizer update, which reads the unit's weights here or leaves new ones
     released: torch.cuda.Event | None = None
 
 
@@ -44,7 +49,7 @@ class WeightStream:
     """Brings units' weights into device slots ahead of compute and binds parameters to them as views.
 
     Args:
-        ready: blocks until a unit's pending optimizer update is visible in its home; called on the lane.
+        updates: starts a unit's deferred update when there is a slot for its new weights; says when others are done.
         timeout: seconds compute waits for one unit before it gives up with an error.
         poison: fill a slot with NaN whenever it is released (tests: a stale use then shows in the numbers).
     """
@@ -57,7 +62,7 @@ class WeightStream:
         dtype: torch.dtype,
         device: Device,
         staging: Ring,
-        ready: Callable[[Unit], None],
+        updates: UpdateStream,
         trace: Trace,
         timeout: float,
         poison: bool = False,
@@ -66,70 +71,118 @@ class WeightStream:
         self._slots = [_Slot(buffer, group) for group, buffers in slots.items() for buffer in buffers]
         self._block_bytes = max((s.buffer.numel() for s in self._slots if s.group == "block"), default=0)
         self._resident = resident
+        self._resident_filled: Future[None] | None = None
         self._dtype = dtype
         self._device = device
-        self._staging = staging
-        self._ready = ready
+        self._loads = SlotLoads(device, staging, trace, timeout)
+        self._updates = updates
         self._trace = trace
         self._timeout = timeout
         self._poison = poison
         self._where: dict[int, _Slot] = {}
+        self._generations = [0] * len(states)
         self._upcoming: deque[int] = deque()
         self._failed: BaseException | None = None
+        self._changed = threading.Condition(threading.RLock())  # guards slots and visits
         self._lane = ThreadPoolExecutor(1, thread_name_prefix="h2d", initializer=limit_lane_threads)
         self._placeholder = torch.full((1,), float("nan"), dtype=dtype, device=device.name)
         for state in states:
             self._unbind(state.unit)
 
     def expect(self, visits: Sequence[int]) -> None:
-        """Announce the units to be visited, in order, and start to load the first of them."""
-        self._upcoming = deque(visits)
-        self._load_ahead()
+        """Announce the units to be visited, in order, and start to load the resident unit and the first of them.
+
+        To be called between two steps, when nothing computes with the resident unit's weights.
+        """
+        self._renew_resident()
+        with self._changed:
+            self._upcoming = deque(visits)
+            self._load_ahead()
 
     @contextmanager
     def bound(self, unit: Unit) -> Iterator[None]:
         """The unit's parameters are views of its slot inside the body; loads of the next units go on beside it."""
-        if unit.index in self._upcoming:
-            while self._upcoming.popleft() != unit.index:
-                pass  # expected, but passed over this time
-        slot = self._where.get(unit.index) or self._load(unit, self._choose(unit, position=-1))
-        slot.bound = True
-        self._load_ahead()
-        self._await(slot, unit)
+        with self._changed:
+            while unit.index in self._upcoming and self._upcoming[0] != unit.index:
+                self._upcoming.popleft()  # expected, but passed over this time
+            slot = self._slot_of(unit)
+            if self._upcoming and self._upcoming[0] == unit.index:
+                self._upcoming.popleft()
+            slot.bound = True
+            self._load_ahead()
+        assert slot.filled is not None
+        self._loads.wait(slot.filled, unit)
         self._bind(unit, slot.buffer)
         try:
             yield
         finally:
             self._unbind(unit)
-            slot.bound = False
-            slot.released = self._device.mark()
-            if self._poison:
-                slot.buffer.view(self._dtype).fill_(float("nan"))
-                self._forget(slot)
-            self._load_ahead()
+            with self._changed:
+                slot.bound = False
+                if self._poison and not slot.lent:
+                    slot.buffer.view(self._dtype).fill_(float("nan"))
+                    self._forget(slot)
+                slot.released = self._device.mark()
+                self._load_ahead()
 
-    def load_resident(self) -> None:
-        """Bring the resident unit up to date and bind it; it stays bound."""
+    def lend(self, unit: Unit) -> Lent:
+        """Lend the slot of a unit that is bound now to its optimizer update, which starts from the weights in it and
+        leaves the new ones there."""
+        if unit.resident:
+            assert self._resident is not None
+            lent = Lent(self._resident[: self._states[unit.index].sizes["param"]], True, self._device.mark())
+            self._resident_filled = lent.filled
+            return lent
+        with self._changed:
+            self._generations[unit.index] += 1
+            slot = self._where[unit.index]
+            lent = Lent(slot.buffer[: self._states[unit.index].sizes["param"]], True, self._device.mark())
+            self._hold(slot, lent)
+            slot.filled = lent.filled
+            return lent
+
+    def bind_resident(self) -> None:
+        """Bind the resident unit once its weights are up to date; it stays bound."""
         for state in self._states:
             if state.unit.resident and self._resident is not None:
-                self._lane.submit(self._fill, state, self._resident, None).result(self._timeout)
+                assert self._resident_filled is not None
+                with self._trace.stall("weights", state.unit.name):
+                    self._resident_filled.result(self._timeout)
                 self._bind(state.unit, self._resident)
+
+    def _renew_resident(self) -> None:
+        for state in self._states:
+            if state.unit.resident and self._resident is not None:
+                lent = Lent(self._resident[: state.sizes.get("param", 0)], False, self._device.mark())
+                filling = lent.filled if self._updates.start(state.unit, lent) else None
+                if filling is not None or self._resident_filled is None:
+                    fill = self._lane.submit(self._fill, state, self._resident, None, filling)
+                    self._resident_filled = fill
 
     def invalidate(self, unit: Unit) -> None:
         """The unit's weights are about to change: a copy in a slot is stale."""
-        slot = self._where.get(unit.index)
-        if slot is not None:
-            self._forget(slot)
+        with self._changed:
+            self._generations[unit.index] += 1
+            slot = self._where.get(unit.index)
+            if slot is not None:
+                self._forget(slot)
+
+    def generation(self, unit: Unit) -> int | None:
+        """How often the unit's weights have changed so far, while it is bound; else None."""
+        with self._changed:
+            slot = self._where.get(unit.index)
+            return self._generations[unit.index] if slot is not None and slot.bound else None
 
     def close(self) -> None:
         """Stop the lane; loads that have not begun are dropped."""
-        self._upcoming.clear()
+        with self._changed:
+            self._upcoming.clear()
         self._lane.shutdown(wait=True, cancel_futures=True)
         self._slots.clear()
         self._where.clear()
         self._resident = None
 
-    # ---- slots: main thread only ----
+    # ---- slots: under the lock ----
 
     def _load_ahead(self) -> None:
         """Fill free slots with the next units, in order; stop at the first unit that finds no slot."""
@@ -141,13 +194,35 @@ class WeightStream:
                 break
             self._load(self._states[index].unit, slot)
 
+    def _slot_of(self, unit: Unit) -> _Slot:
+        """The slot of a unit that compute needs now, loading it if need be; updates may still hold those that fit."""
+        deadline = time.monotonic() + self._timeout
+        begin = time.perf_counter()
+        waited = False
+        while (slot := self._where.get(unit.index)) is None:
+            free = self._choose(unit, position=-1)
+            if free is not None:
+                slot = self._load(unit, free)
+                break
+            if not any(s.lent for s in self._slots):
+                raise OffloadError(f"no weight slot is free for {unit.name}: two units are in use at once")
+            waited = True
+            if not self._changed.wait(deadline - time.monotonic()):
+                raise OffloadError(
+                    f"no weight slot came free for {unit.name} within {self._timeout:.0f} s; see the trace's optimizer "
+                    "lane for the update that holds it"
+                )
+        if waited:
+            self._trace.add("stall", f"weight slot: {unit.name}", begin, time.perf_counter())
+        return slot
+
     def _choose(self, unit: Unit, position: int) -> _Slot | None:
         """A slot of the unit's group that is empty, or whose unit is needed again latest, and after `position`."""
         need = self._states[unit.index].weight_bytes
         group = "block" if need <= self._block_bytes else "large"
         best, best_use = None, position
         for slot in self._slots:
-            if slot.group != group or slot.bound:
+            if slot.group != group or slot.bound or slot.lent:
                 continue
             if slot.unit is None:
                 return slot
@@ -162,32 +237,32 @@ class WeightStream:
         except ValueError:
             return len(self._upcoming) + 1
 
-    def _load(self, unit: Unit, slot: _Slot | None) -> _Slot:
-        if slot is None:
-            raise OffloadError(f"no weight slot is free for {unit.name}: two units are in use at once")
+    def _load(self, unit: Unit, slot: _Slot) -> _Slot:
         self._forget(slot)
         slot.unit = unit
-        slot.filled = self._lane.submit(self._fill, self._states[unit.index], slot.buffer, slot.released)
         self._where[unit.index] = slot
+        state, filling = self._states[unit.index], None
+        lent = Lent(slot.buffer[: state.sizes.get("param", 0)], False, slot.released)
+        if self._updates.start(unit, lent):
+            self._hold(slot, lent)
+            filling = lent.filled
+        slot.filled = self._lane.submit(self._fill, state, slot.buffer, slot.released, filling)
         return slot
+
+    def _hold(self, slot: _Slot, lent: Lent) -> None:
+        slot.lent = True
+        lent.filled.add_done_callback(lambda _: self._given_back(slot))
+
+    def _given_back(self, slot: _Slot) -> None:
+        with self._changed:
+            slot.lent = False
+            self._changed.notify_all()
+            self._load_ahead()
 
     def _forget(self, slot: _Slot) -> None:
         if slot.unit is not None:
             del self._where[slot.unit.index]
             slot.unit = None
-
-    def _await(self, slot: _Slot, unit: Unit) -> None:
-        assert slot.filled is not None
-        if not slot.filled.done():
-            with self._trace.span("stall", f"weights of {unit.name}"):
-                try:
-                    slot.filled.result(self._timeout)
-                except TimeoutError:
-                    raise OffloadError(
-                        f"the weights of {unit.name} did not arrive within {self._timeout:.0f} s; see the trace's "
-                        "lanes for what holds them, and `offload doctor` for the store's speed"
-                    ) from None
-        slot.filled.result()
 
     def _bind(self, unit: Unit, buffer: Tensor) -> None:
         flat = buffer[: self._states[unit.index].weight_bytes].view(self._dtype)
@@ -201,52 +276,30 @@ class WeightStream:
 
     # ---- the lane's thread ----
 
-    def _fill(self, state: UnitState, buffer: Tensor, released: torch.cuda.Event | None) -> None:
+    def _fill(
+        self, state: UnitState, buffer: Tensor, released: torch.cuda.Event | None, filling: Future[None] | None
+    ) -> None:
         try:
             if self._failed is not None:  # its buffers are lost to the ring, which the gradient lane needs too
                 raise self._failed
-            self._fill_now(state, buffer, released)
+            self._fill_now(state, buffer, released, filling)
         except BaseException as error:
             self._failed = error
             raise
 
-    def _fill_now(self, state: UnitState, buffer: Tensor, released: torch.cuda.Event | None) -> None:
-        self._ready(state.unit)
+    def _fill_now(
+        self, state: UnitState, buffer: Tensor, released: torch.cuda.Event | None, filling: Future[None] | None
+    ) -> None:
+        if filling is None:
+            self._updates.wait_ready(state.unit)
         self._device.wait(released)
         start = 0
         for role in ("param", "frozen"):
             nbytes = state.sizes.get(role, 0)
             if not nbytes:
                 continue
-            target = buffer[start : start + nbytes]
-            home = state.homes.get(role)
-            if home is not None:
-                with self._trace.span("h2d", state.unit.name, nbytes):
-                    self._device.copy(target, home[:nbytes])
+            if role == "param" and filling is not None:
+                filling.result(self._timeout)  # the unit's update leaves its new weights here
             else:
-                self._stream_in(state, role, target)
+                self._loads.load(state, role, buffer, start)
             start += nbytes
-
-    def _stream_in(self, state: UnitState, role: str, target: Tensor) -> None:
-        """Store to device through the staging ring; `READS_AHEAD` reads are under way while one chunk is copied."""
-        chunk = self._staging.nbytes
-        total = state.store.padded(state.key(role))
-        flying: deque[tuple[Request, Tensor, int]] = deque()
-
-        def land() -> None:
-            # After a failed read its buffer is not given back: the device may still write to it.
-            request, buffer, at = flying.popleft()
-            request.wait()
-            part = target[at : at + chunk]
-            with self._trace.span("h2d", state.unit.name, part.numel()):
-                self._device.copy(part, buffer[: part.numel()])
-            self._staging.release(buffer)
-
-        for at in range(0, total, chunk):
-            if len(flying) == READS_AHEAD:
-                land()
-            buffer = self._staging.acquire(self._timeout)
-            part = buffer[: min(chunk, total - at)]
-            flying.append((state.store.read(state.key(role), at, part, Priority.COMPUTE), buffer, at))
-        while flying:
-            land()
