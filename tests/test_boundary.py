@@ -26,7 +26,7 @@ ROWS, TOTAL = 2, 4
 def run(model: nn.Module, path: Path, steps: int = 3, **changes: Any) -> reference.Outcome:
     outcome = reference.Outcome()
     with offload.wrap(copy.deepcopy(model), reference.config(path, ROWS, TOTAL, **changes)) as engine:
-        engine._weights._poison = True
+        engine._method._weights._poison = True
         for batch in toys.batches(steps, TOTAL):
             outcome.losses.append(engine.step(batch).loss)
         outcome.weights = reference.weights(engine)

@@ -37,6 +37,7 @@ from offload.errors import ConfigError, DataError
 from offload.formats import IGNORE
 from offload.packing import OPEN_ROWS, fill_rows, fit_rows, shuffled, windows
 from offload.readers import read_documents, read_rows, read_table
+from offload.samples import has_whole_rows
 from offload.tokencache import cached
 from offload.tokenization import CHAT_TEMPLATE, affixes, byte_tokenizer, encode_chat
 
@@ -51,6 +52,7 @@ class Config:
     tokenizer: str | None = "bytes"
     sequence_length: int = 16
     packing: bool = True
+    padding: bool = True
     eval_fraction: float = 0.0
     eval_path: Any = None
 
@@ -299,6 +301,22 @@ def test_padding_counts_for_nothing_without_packing(tmp_path: Path) -> None:
     full = write_rows(tmp_path / "full.jsonl", [{"input_ids": [1] * 32}] * 3)
     batch = load(Config(full, sequence_length=32, packing=False), tmp_path / "cache").train.batch(0)
     assert set(batch) == {"input_ids", "labels"} and count_tokens(batch) == 4 * 32
+
+
+def test_rows_that_are_not_filled_are_left_out_without_padding(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"input_ids": list(range(n))} for n in (32, 9, 70, 5)])
+    whole = load(Config(path, sequence_length=32, packing=False, padding=False), tmp_path / "cache", batch=3)
+    (batch,) = whole.train.eval_batches()
+    assert set(batch) == {"input_ids", "labels"} and has_whole_rows(batch)
+    assert batch["input_ids"].tolist() == [list(range(32)), list(range(32)), list(range(32, 64))]
+    assert whole.notes == ["3 rows that samples do not fill are left out"] and whole.train.tokens == 96
+    packed = load(Config(path, sequence_length=32, padding=False), tmp_path / "cache", batch=3)
+    (batch,) = packed.train.eval_batches()
+    assert packed.train.left_out == 1 and count_tokens(batch) == 96 and not has_whole_rows(batch)
+    padded = load(Config(path, sequence_length=32, packing=False), tmp_path / "cache", batch=6).train.batch(0)
+    assert not has_whole_rows(padded) and has_whole_rows({**padded, "attention_mask": torch.ones(6, 32)})
+    with pytest.raises(DataError, match="no sample fills a row of 128 tokens"):
+        load(Config(path, sequence_length=128, packing=False, padding=False), tmp_path / "cache")
 
 
 def test_count_tokens_of_any_cut_of_a_packed_batch(tmp_path: Path) -> None:
@@ -730,7 +748,7 @@ def test_memory_stays_small(tmp_path: Path) -> None:
         "import json, resource, sys, types\nfrom pathlib import Path\nfrom offload.data import open_dataset\n"
         "folder = Path(sys.argv[1])\n"
         "cfg = types.SimpleNamespace(path=folder / 'big.txt', format='text', tokenizer='bytes', sequence_length=1024,\n"
-        "    packing=True, eval_fraction=0.01, eval_path=None)\n"
+        "    packing=True, padding=True, eval_fraction=0.01, eval_path=None)\n"
         "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "import transformers.tokenization_utils_tokenizers\n"
         "(folder / 'small.txt').write_text('a small one ' * 999)\n"

@@ -1,7 +1,7 @@
 """Killed at any moment, a run goes on from its last commit and ends as if nothing had happened, to the bit.
 
 Real processes of the real command get SIGKILL: from outside at random moments, and from within at exact requests of the
-store. Every second one is forked from a process that has made the imports (see warm.py); the others start afresh.
+store. Every third one starts afresh; the others are forked from a process that has made the imports (see warm.py).
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from killing import (
     in_export,
     in_set_up,
     last_row,
+    plan_of,
     same,
     torment,
     wait,
@@ -53,12 +54,6 @@ def base() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="offload-kill-", dir=memory if os.access(memory, os.W_OK) else None))
     yield path
     shutil.rmtree(path, ignore_errors=True)
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Warm]:
-    with Warm() as server:
-        yield server
 
 
 def moments(scenario: Scenario, generator: random.Random) -> list[Kill]:
@@ -108,7 +103,7 @@ def test_a_killed_run_ends_like_an_unbroken_one(scenario: Scenario, stories: dic
     assert [row["step"] for row in expected["rows"]] == list(range(1, scenario.steps + 1))
     assert len({row["loss"] for row in expected["rows"]}) == scenario.steps
     assert same(expected, story.killed.result()) == [], story.outcome
-    plan = offload.plan(story.killed.config)
+    plan = plan_of(story.killed.config)
     on_nvme = [unit.placement["exp_avg"] == "nvme" for unit in plan.units if unit.name != "resident"]
     assert all(on_nvme) if scenario.all_on_nvme else not any(on_nvme)
     leftovers = [path.name for path in story.killed.path.iterdir() if path.name.startswith(".model")]
@@ -129,7 +124,7 @@ def test_there_were_enough_kills(stories: dict[str, Future[Story]]) -> None:
 def test_ctrl_c_commits_or_drops_the_step_whole(
     scenario: Scenario, stories: dict[str, Future[Story]], base: Path, warm: Warm
 ) -> None:
-    slow = "read:delay=0.03;write:delay=0.03;sync:delay=0.03"
+    slow = "read:delay=0.02;write:delay=0.02;sync:delay=0.02"
     run = Run.make(scenario, base / "ctrl-c" / scenario.name)
     process = run.start(faults=slow, warm=warm)
     _until(lambda: last_row(run) >= 1, process, run)

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from offload import rundir
+from offload import run_place, rundir
 from offload.config import Config
 from offload.errors import ConfigError, OffloadError
-from offload.rundir import RunDirectory, RunLocked
+from offload.run_place import RunLocked
+from offload.rundir import RunDirectory
 
 
 @pytest.fixture
@@ -163,11 +164,11 @@ def test_not_a_run(tmp_path: Path) -> None:
 
 def test_an_attempt_cleans_up_unless_a_run_came_about(cfg: Config, tmp_path: Path) -> None:
     path = Path(cfg.output)
-    with pytest.raises(RuntimeError), rundir.attempt(path):
+    with pytest.raises(RuntimeError), run_place.attempt(path):
         (path / "cache").mkdir(parents=True)
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
-    with rundir.attempt(path):
+    with run_place.attempt(path):
         (path / "cache").mkdir(parents=True)
         RunDirectory.create(cfg).close()
     assert (path / "run.json").exists() and (path / "cache").exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,40 +12,34 @@ from warm import Warm
 
 import offload
 from offload.errors import OffloadError
-from offload.rundir import RunLocked
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Warm]:
-    with Warm() as server:
-        yield server
+from offload.run_place import RunLocked
 
 
 def test_two_processes_on_one_store_path(fast_path: Path, warm: Warm) -> None:
     """Started together, one with a lock held against a third and a fourth; each ends as if it had been alone."""
     nvme, ram = SCENARIOS[0], SCENARIOS[3]
     alone = [Run.make(nvme, fast_path / "a", seed=1), Run.make(ram, fast_path / "b", seed=2)]
-    for run in alone:
-        assert run.finish(warm=warm) == 0, run.output()
+    for run, process in [(run, run.start(warm=warm)) for run in alone]:
+        assert wait(process, run) == 0, run.output()
     shared = [
         Run.make(nvme, fast_path / "shared", "first", seed=1),
         Run.make(ram, fast_path / "shared", "second", seed=2),
     ]
     assert shared[0].config["memory"]["nvme"] == shared[1].config["memory"]["nvme"]
-    processes = [run.start(warm=warm, faults="read:delay=0.03;write:delay=0.03") for run in shared]
+    processes = [run.start(warm=warm, faults="read:delay=0.02;write:delay=0.02") for run in shared]
     while last_row(shared[0]) < 1:
         assert processes[0].poll() is None, shared[0].output()
 
-    third = Run(shared[0].config, shared[0].file)
-    for arguments, code in ((["--resume"], 1), ([], 2)):
-        process = third.start(*arguments, warm=warm, log="third.log")
-        told = fast_path / "shared" / "third.log"
+    refused = [
+        (shared[0].start(*arguments, warm=warm, log=log), code, fast_path / "shared" / log, message)
+        for arguments, log, code, message in (
+            (["--resume"], "third.log", 1, f"in use by process {processes[0].pid}"),
+            ([], "fourth.log", 2, "already holds a run"),
+        )
+    ]
+    for process, code, told, message in refused:
         assert process.wait(100) == code, told.read_text()
-        if arguments:
-            assert f"in use by process {processes[0].pid}" in told.read_text()
-        else:
-            assert "already holds a run" in told.read_text()
-        assert "Traceback" not in told.read_text()
+        assert message in told.read_text() and "Traceback" not in told.read_text()
     assert processes[0].poll() is None, shared[0].output()
 
     for run, process in zip(shared, processes, strict=True):

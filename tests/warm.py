@@ -109,9 +109,13 @@ class Warm:
 def serve(path: str) -> None:
     """Answer connections until standard input ends. No thread is ever started in this process."""
     import transformers.models.llama.modeling_llama  # noqa: F401
+    from probing import measure_by_file_system
 
-    import offload.train  # noqa: F401
+    import offload.train
 
+    measure_by_file_system()
+    with contextlib.suppress(ImportError):  # numba is optional
+        import offload.adamw_kernels  # noqa: F401
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path + ".new")
     listener.listen(16)
