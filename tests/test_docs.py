@@ -257,6 +257,7 @@ def run_here(line: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert code in accepted, (line, code)
 
 
+@pytest.mark.timeout(600)  # some forty commands, a minute on two cores with nothing beside them
 def test_every_command_of_the_pages_runs(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = commands()
     assert len(lines) > 12

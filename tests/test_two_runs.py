@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,7 @@ def test_two_processes_on_one_store_path(fast_path: Path, warm: Warm) -> None:
     processes = [run.start(warm=warm, faults="read:delay=0.02;write:delay=0.02") for run in shared]
     while last_row(shared[0]) < 1:
         assert processes[0].poll() is None, shared[0].output()
+    os.kill(processes[0].pid, signal.SIGSTOP)  # holds its lock until the others have been refused, however slow they are
 
     refused = [
         (shared[0].start(*arguments, warm=warm, log=log), code, fast_path / "shared" / log, message)
@@ -41,6 +44,7 @@ def test_two_processes_on_one_store_path(fast_path: Path, warm: Warm) -> None:
         assert process.wait(100) == code, told.read_text()
         assert message in told.read_text() and "Traceback" not in told.read_text()
     assert processes[0].poll() is None, shared[0].output()
+    os.kill(processes[0].pid, signal.SIGCONT)
 
     for run, process in zip(shared, processes, strict=True):
         assert wait(process, run) == 0, run.output()
