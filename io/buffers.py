@@ -4,6 +4,10 @@ Memory comes from anonymous private mappings and not from PyTorch's allocator: i
 that), its size is the one asked for rounded up to a page, and freeing gives the pages back at once. Mappings of 2 MiB
 and more ask for huge pages, which never reach beyond the mapping and make filling twice as fast and every pass over
 large memory a quarter faster (`benchmarks/passes.py`).
+
+A process that forks (a data loader's workers, say) does not share it: the child finds zeros there. Otherwise every page
+that is written while the child lives would be copied, which doubles what the run takes, page-locked memory would be
+copied at once, and before Linux 6.3 a direct read under way could end in the child's copy (open(2), NOTES).
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ PAGE = 4096
 """Alignment in bytes of buffers, file offsets and lengths: the largest logical block that drives ask for."""
 HUGE_PAGE = 2 << 20
 """From this size on a mapping asks for huge pages."""
+_WIPE_ON_FORK = 18  # MADV_WIPEONFORK of linux/mman.h; MADV_DONTFORK would leave the addresses to the child's own memory
 
 
 def round_up(nbytes: int, multiple: int = PAGE) -> int:
@@ -60,9 +65,10 @@ class HostBuffer:
         # Through numpy, because it holds the mapping's buffer: a view that outlives free() can never touch
         # unmapped memory (torch.frombuffer lets the mapping go under its feet).
         self.tensor: Tensor = torch.from_numpy(np.frombuffer(mapping, dtype=np.uint8))
-        if self.nbytes >= HUGE_PAGE:
-            with contextlib.suppress(OSError):  # a kernel without them
-                mapping.madvise(mmap.MADV_HUGEPAGE)
+        for advice, wanted in ((mmap.MADV_HUGEPAGE, self.nbytes >= HUGE_PAGE), (_WIPE_ON_FORK, True)):
+            if wanted:
+                with contextlib.suppress(OSError):  # a kernel without it
+                    mapping.madvise(advice)
         if nodes:
             numa.bind(self.tensor, nodes)
         ledger.add(tier, category, self.nbytes)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import warnings
 
 import psutil
 import pytest
@@ -85,6 +87,21 @@ def test_free_returns_memory_even_while_a_view_lives() -> None:
     buffer.free()
     assert before - process.memory_info().rss > 60 << 20
     assert view[0] == 0  # still mapped: no crash
+
+
+def test_a_forked_child_shares_no_buffer() -> None:
+    """Else every page that is written while the child lives would be there twice."""
+    with allocate(4 << 20, Ledger()) as buffer:
+        buffer.tensor.fill_(1)
+        array = buffer.tensor.numpy()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of threads: the child only looks
+            child = os.fork()
+        if child == 0:
+            os._exit(3 if array[0] or array[-1] else 7)
+        array[:] = 2
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert array[0] == array[-1] == 2
 
 
 def test_ring_hands_out_distinct_chunks_and_waits() -> None:
