@@ -60,7 +60,7 @@ def make_backend(name: str, *, paths: int = 1, timeout: float = 120.0, compile: 
     if name == "threads":
         return ThreadsBackend(4 * paths, timeout=timeout)
     if name == "io_uring":
-        return UringBackend(8 * paths, timeout=timeout)
+        return UringBackend(8 * paths, syncs=paths, timeout=timeout)  # a commit syncs every path at once
     if name == "libaio":
         return LibaioBackend(4 * paths, timeout=timeout, compile=compile)
     return AiofilesBackend(4 * paths, timeout=timeout)

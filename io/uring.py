@@ -2,7 +2,8 @@
 
 One thread owns the ring: it submits and reaps, and waits on one eventfd, which the kernel signals for completions and
 submit() for work. It has to be so: the package's own waits hold the interpreter's lock. What takes time in Python or
-blocks, that is checksums, syncs and injected delays, runs in helper threads.
+blocks, that is checksums, syncs and injected delays, runs in helper threads; syncs in some of their own, because
+reads that compute waits for must not stand behind those of a commit.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ class _Call:
 
 
 class UringBackend(QueuedBackend):
-    """Reads and writes through an io_uring with up to `depth` calls of CALL bytes in it. Files are registered, and
-    buffers when register() is given them, where kernel and limits allow it.
+    """Reads and writes through an io_uring with up to `depth` calls of CALL bytes in it, and at most `syncs` syncs.
+    Files are registered, and buffers when register() is given them, where kernel and limits allow it.
 
     Raises StoreError when the package is missing or the kernel, or a sandbox, forbids io_uring.
     """
@@ -75,6 +76,7 @@ class UringBackend(QueuedBackend):
         depth: int = 8,
         *,
         helpers: int = 2,
+        syncs: int = 1,
         timeout: float = 120.0,
         observer: Observer | None = None,
         limit: int = QUEUE,
@@ -102,9 +104,11 @@ class UringBackend(QueuedBackend):
         self._next = 1
         self._cancelling = False
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._syncs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._start_thread("ring", self._drive)
-        for number in range(helpers):
-            self._start_thread(f"helper-{number}", self._help)
+        for kind, jobs, count in (("helper", self._jobs, helpers), ("sync", self._syncs, syncs)):
+            for number in range(count):
+                self._start_thread(f"{kind}-{number}", functools.partial(self._help, jobs))
 
     def _make_ring(self, entries: int) -> Any:
         # COOP_TASKRUN (Linux 5.19): completions wait until the ring's thread wakes, instead of interrupting it.
@@ -167,7 +171,8 @@ class UringBackend(QueuedBackend):
                 return
             flight = _Flight(transfer, transfer.view)
             if transfer.action is not None or transfer.before is not None:
-                self._jobs.put(functools.partial(self._begin, flight))
+                jobs = self._jobs if transfer.action is None else self._syncs
+                jobs.put(functools.partial(self._begin, flight))
             else:
                 self._cut(flight)
 
@@ -286,8 +291,9 @@ class UringBackend(QueuedBackend):
 
     # ---- the helpers ----
 
-    def _help(self) -> None:
-        while (job := self._jobs.get()) is not None:
+    @staticmethod
+    def _help(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+        while (job := jobs.get()) is not None:
             job()
             del job
 
@@ -327,8 +333,9 @@ class UringBackend(QueuedBackend):
         self._drained(time.monotonic() + GRACE)
 
     def _stop(self) -> None:
-        for _ in self._threads[1:]:
+        for _ in self._threads:  # more than there are, of either kind
             self._jobs.put(None)
+            self._syncs.put(None)
         self._wake()
 
     def _release(self) -> None:

@@ -52,6 +52,7 @@ from offload.io import (
 from offload.io.backend import PIECE
 from offload.io.choose import WORTH_MEASURING
 from offload.io.libaio import built
+from offload.io.request import Transfer
 
 SHM = Path("/dev/shm")
 pytestmark = pytest.mark.timeout(60)
@@ -490,6 +491,25 @@ def test_a_full_queue_makes_submitters_wait(disk: DirectFile, make: Make) -> Non
         time.sleep(0.005)
     for request in chained:
         request.wait(20)
+    assert backend.close()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_reads_do_not_stand_behind_the_syncs_of_a_commit(name: str, disk: DirectFile) -> None:
+    """A commit syncs the files of all paths at once; what compute waits for is read and checked meanwhile."""
+    if reason := unavailable(name):
+        pytest.skip(reason)
+    backend, release = choose.make_backend(name, paths=2, timeout=20), threading.Event()
+    syncs = [backend.sync(disk, lambda: bool(release.wait(20)) and None) for _ in range(2)]
+    with allocate(PAGE, Ledger()) as buffer:
+        checked = threading.Event()
+        read = Transfer("read", disk, 0, buffer.tensor, Priority.COMPUTE, after=lambda view: checked.set())
+        backend.submit(read)
+        read.wait(10)
+        assert checked.is_set() and not any(sync.done() for sync in syncs)
+        release.set()
+        for sync in syncs:
+            sync.wait(10)
     assert backend.close()
 
 
