@@ -141,18 +141,22 @@ class Directories:
                 raise from_os_error(error, "cannot sync", file.path) from error
         return self._data
 
-    def open_data(self, sizes: Sequence[int]) -> list[DirectFile]:
-        """The existing data files. Raises StoreError when one is missing or shorter than `sizes` says."""
+    def open_data(self, sizes: Sequence[int], reserve: bool) -> list[DirectFile]:
+        """The existing data files, with `reserve` allocated as a whole again: a copy of a store has holes where the
+        original was never written. Raises StoreError when one is missing or shorter than `sizes` says, StoreFull."""
         for index, size in enumerate(sizes):
             file = DirectFile(self._data_path(index))
             self._data.append(file)
-            actual = os.fstat(file.fd).st_size
-            if actual < size:
+            status = os.fstat(file.fd)
+            if status.st_size < size:
                 raise StoreError(
-                    f"the data file has {actual} bytes, not {size}",
+                    f"the data file has {status.st_size} bytes, not {size}",
                     path=file.path,
                     advice="It was cut from outside, or belongs to another store: restore it from a copy.",
                 )
+            if reserve and status.st_blocks * 512 < size:
+                file.reserve(size)
+                file.fsync()
         return self._data
 
     def keep_room(self, nbytes: int) -> None:

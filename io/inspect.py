@@ -1,7 +1,7 @@
 """Looking at stores from outside: find them under a path, list what they hold, and verify every block.
 
-Nothing is written. A store that a process uses is listed from its manifest, which is replaced as a whole, but not
-verified: its blocks change meanwhile.
+Nothing is written but its lock: no backend is measured, nothing is allocated. A store that a process uses is listed
+from its manifest, which is replaced as a whole, but not verified: its blocks change meanwhile.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from .errors import StoreError, StoreLocked
 from .files import HOME
 from .manifest import Extent, Manifest, StorePath
 from .store import Store
+from .store_parts import open_committed
+
+TIMEOUT = 120.0
+"""Seconds without progress after which the drive counts as hung."""
 
 
 def find(path: Path) -> list[Path]:
@@ -101,7 +105,8 @@ def _located(known: Manifest, directory: Path) -> Iterator[StorePath]:
 
 
 def _verified(known: Manifest, directory: Path) -> dict[str, Any]:
-    with Store.open(list(_located(known, directory)), known.name) as store:
+    parts = open_committed(list(_located(known, directory)), known.name, "threads", None, TIMEOUT, reserve=False)
+    with Store(parts) as store:
         began, cpu = time.perf_counter(), time.process_time()
         problems = store.verify()
         verified = {

@@ -49,6 +49,7 @@ def create(
         data = directories.reserve(used)
         # a manifest has a side bit and a checksum for each block, the extents' names, and what the caller adds
         directories.keep_room(manifest_room(sum(len(item.key) + 100 + 12 * item.blocks for item in extents)))
+        moving = make(directories, sum(used))
     except BaseException:
         directories.remove()
         raise
@@ -56,15 +57,19 @@ def create(
     for content in contents.values():
         if content.extent.durable:
             content.set_zero()
-    return StoreParts(
-        directories, located, name, contents, tuple(data), make(directories, sum(used)), [0] * len(located)
-    )
+    return StoreParts(directories, located, name, contents, tuple(data), moving, [0] * len(located))
 
 
 def open_committed(
-    paths: Sequence[StorePath], name: str, backend: str, record: Path | None, timeout: float
+    paths: Sequence[StorePath],
+    name: str,
+    backend: str,
+    record: Path | None,
+    timeout: float,
+    *,
+    reserve: bool = True,
 ) -> StoreParts:
-    """See Store.open."""
+    """See Store.open. Without `reserve` nothing is allocated: for a look at it."""
     given_paths = files.normalized(paths, name)
     make = _backend_maker(backend, record, timeout)
     if not exists(given_paths, name):
@@ -79,7 +84,8 @@ def open_committed(
                 path=directories.first,
             )
         placed, used = committed.place()
-        data = directories.open_data(used)
+        data = directories.open_data(used, reserve)
+        moving = make(directories, sum(used))
     except BaseException:
         directories.release()
         raise
@@ -96,7 +102,7 @@ def open_committed(
         name,
         contents,
         tuple(data),
-        make(directories, sum(used)),
+        moving,
         committed.written,
         committed.version,
         committed.meta,

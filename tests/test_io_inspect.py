@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from offload.io import BLOCK, Extent, Ledger, Store, StoreError, StorePath, allocate, inspect, used_share
+from offload.io import BLOCK, Extent, Ledger, Store, StoreError, StorePath, allocate, choose, inspect, used_share
 from offload.planner import measure
 from typer.testing import CliRunner
 
@@ -63,6 +63,27 @@ def test_a_store_in_use_is_listed_and_one_without_a_commit_is_named(tmp_path: Pa
     Store.create(paths, "other", EXTENTS).close()
     assert inspect.examine(tmp_path / "a" / "other")["state"] == "never committed"
     assert inspect.find(tmp_path / "a") == [tmp_path / "a" / name for name in ("other", "run")]
+
+
+def test_looking_at_a_store_neither_measures_nor_allocates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full disk, or beside a run on the same drive, verifying must not write."""
+    with Store.create([StorePath(tmp_path / "a", 1 << 28)], "run", EXTENTS[:1]) as store:
+        with allocate(EXTENTS[0].padded, Ledger()) as buffer:
+            store.write("0/param", 0, buffer.tensor.fill_(1)).wait()
+        store.commit({})
+    sparse = tmp_path / "a" / "run" / "data-0.bin"
+    content = sparse.read_bytes()
+    with open(sparse, "r+b") as copy:  # what was never written becomes a hole
+        copy.truncate(0)
+        copy.write(content.rstrip(b"\0"))
+        copy.truncate(len(content))
+    held = sparse.stat().st_blocks
+    assert held * 512 < len(content)
+    monkeypatch.setattr(choose, "WORTH_MEASURING", 0)
+    monkeypatch.setattr(choose, "_measure", lambda *_: pytest.fail("a backend was measured"))
+    found = inspect.examine(tmp_path / "a" / "run")
+    assert (found["state"], found["problems"]) == ("committed", [])
+    assert sparse.stat().st_blocks == held
 
 
 def test_bytes_written_are_kept_over_resumes_and_compared_with_the_rating(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from offload.io import (
     StoreLocked,
     StorePath,
     allocate,
+    store_parts,
 )
 from offload.io.manifest import place
 
@@ -515,6 +516,45 @@ except StoreError as error:
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True).stdout
     assert f"cannot reserve {4 * BLOCK} bytes" in out and "EFBIG" in out
     assert [item for item in tmp_path.rglob("*")] == [tmp_path / "there"]
+
+
+def test_a_copy_with_holes_is_reserved_again(tmp_path: Path) -> None:
+    """What was never written reads as a hole and a copy leaves it out: its space is taken when it is opened."""
+    paths = one_path(tmp_path)
+    with Store.create(paths, "run", [PARAM, GRAD]) as store:
+        put(store, "0/param", 1)
+        store.commit({})
+    data = tmp_path / "run" / "data-0.bin"
+    size, content = data.stat().st_size, data.read_bytes()
+    end = len(content.rstrip(b"\0"))
+    data.unlink()
+    with open(data, "wb") as copy:
+        copy.write(content[:end])
+        copy.truncate(size)
+    assert data.stat().st_blocks * 512 < size
+    with Store.open(paths, "run") as store:
+        assert data.stat().st_blocks * 512 >= size
+        assert holds(store, "0/param", 1)
+
+
+def test_a_backend_that_cannot_be_made_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = one_path(tmp_path)
+
+    def refused(*_: object, **__: object) -> None:
+        raise StoreError("too little locked memory for a ring")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store_parts, "open_backend", refused)
+        with pytest.raises(StoreError, match="for a ring"):
+            Store.create(paths, "run", [PARAM])
+        assert list(tmp_path.iterdir()) == []
+    with Store.create(paths, "run", [PARAM]) as store:
+        store.commit({})
+    with monkeypatch.context() as patched:
+        patched.setattr(store_parts, "open_backend", refused)
+        with pytest.raises(StoreError, match="for a ring"):
+            Store.open(paths, "run")
+    Store.open(paths, "run").close()
 
 
 def test_stores_of_different_names_share_a_path(tmp_path: Path) -> None:
