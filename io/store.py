@@ -144,6 +144,10 @@ class Store:
         """Bytes written to each path since the store was made, earlier processes included (see endurance)."""
         return self._wear.totals()
 
+    def wear_counter(self, path: int) -> Callable[[Request], None]:
+        """A done callback for writes of other files on the drive of this path (by index): `written` has them too."""
+        return self._wear.counter(path)
+
     @property
     def direct(self) -> bool:
         """Whether all data files bypass the page cache (O_DIRECT)."""

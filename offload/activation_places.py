@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import xxhash
@@ -20,7 +19,6 @@ from offload.device import Device
 from offload.errors import OffloadError
 from offload.io import (
     PAGE,
-    Backend,
     ChecksumError,
     DirectFile,
     HostTier,
@@ -135,15 +133,15 @@ class SwapFiles(_Room):
     The bytes of every chunk are checked against their sum when they come back.
 
     Args:
-        directories: the store's own directories; a file that a killed run left there is replaced.
+        store: its directories hold the files, and one that a killed run left there is replaced; its backend moves the
+            bytes, and what is written is counted with its own.
         bounce: page-locked host chunks for the way between device and file.
     """
 
     def __init__(
         self,
         nbytes: int,
-        directories: Sequence[Path],
-        backend: Backend,
+        store: Store,
         bounce: Ring,
         device: Device,
         ledger: Ledger,
@@ -151,7 +149,8 @@ class SwapFiles(_Room):
         timeout: float,
     ) -> None:
         super().__init__(nbytes)
-        self._backend = backend
+        self._store = store
+        self._backend = store.backend
         self._bounce = bounce
         self._device = device
         self._ledger = ledger
@@ -159,6 +158,7 @@ class SwapFiles(_Room):
         self._timeout = timeout
         self._sums: dict[int, int] = {}  # of every transfer written in this step, by its position
         self._files: list[DirectFile] = []
+        directories = store.directories
         sizes = [0] * len(directories)
         for i, start in enumerate(range(0, nbytes, bounce.nbytes)):
             sizes[i % len(sizes)] += min(bounce.nbytes, nbytes - start)
@@ -267,6 +267,7 @@ class SwapFiles(_Room):
 
         file, offset = self._where(position)
         transfer = Transfer("write", file, offset, buffer, Priority.WRITE, label=name, before=remember)
+        transfer.add_done_callback(self._store.wear_counter(self._files.index(file)))
         self._backend.submit(transfer)
         return transfer
 
@@ -307,9 +308,7 @@ def activation_tiers(
         if (pool := plan.buffer(f"activations.{name}")) is not None:
             tiers[name] = HostPool(pool.total, memory, device, ledger, trace)
     if (files := plan.buffer("activations.nvme")) is not None:
-        tiers["nvme"] = SwapFiles(
-            files.total, store.directories, store.backend, bounce, device, ledger, trace, timeout
-        )
+        tiers["nvme"] = SwapFiles(files.total, store, bounce, device, ledger, trace, timeout)
     for tier in tiers.values():
         stack.callback(tier.close)
     for unit in plan.units:

@@ -248,8 +248,12 @@ def test_trace_ledger_and_scratch_file(fast_path: Path) -> None:
     with engine:
         scratch = [directory / SWAP_FILE for directory in engine.store.directories]
         assert [file.stat().st_size for file in scratch] == [forcing.ROOM]
+        before = engine.store.bytes_written, sum(engine.store.written)
         for batch in batches:
             engine.step(batch)
+        # what wears the drive: all that was written, activations too, and the manifests
+        moved, worn = engine.store.bytes_written - before[0], sum(engine.store.written) - before[1]
+        assert moved <= worn <= moved + (1 << 20)
         held = engine.ledger.snapshot()
         for tier, count in (("gpu", 2), ("cpu", 1), ("nvme", 1)):
             assert held[tier]["swapped activations"]["bytes"] == count * forcing.ROOM
