@@ -6,9 +6,11 @@ So it is only taken when it is built already, or when the user names it.
 The operator never looks at the result of a request (deepspeed_aio_common.cpp, `_do_io_complete`, version 0.19.8). So
 the results are checked here: before a read one word of every page gets a mark that must be gone afterwards, and after a
 write the last page of every block is read back and compared. What fails that check is done again with preadv or
-pwritev, which says what is wrong. And it ends the process (`assert`) when the kernel refuses to take a request. What
-can be known before, a closed or too short file, is checked here; the rest is as a crash at that moment. For this, and
-because it copies every buffer that is not page-locked for CUDA, "auto" never takes it.
+pwritev, which says what is wrong. And it ends the process (`assert`) when the kernel refuses to take a request or to
+lock memory. What can be known before, a closed or too short file and the limit of locked memory, is checked here; the
+rest is as a crash at that moment. For this, and because it copies every buffer that is not page-locked for CUDA, "auto"
+never takes it. (Without CUDA, only buffers made by its `new_cpu_locked_tensor` would be spared the copy: all of them
+under the limit of locked memory, in small pages, and gone under the views that outlive them.)
 """
 
 from __future__ import annotations
@@ -30,8 +32,9 @@ import torch
 from torch import Tensor
 
 from .backend import PIECE
-from .buffers import PAGE
+from .buffers import PAGE, allocate, lock
 from .errors import StoreError
+from .ledger import Ledger
 from .queued import QUEUE, QueuedBackend, move_by_calls, perform
 from .request import Observer, Transfer
 
@@ -132,6 +135,7 @@ class LibaioBackend(QueuedBackend):
     ) -> None:
         super().__init__(timeout=timeout, observer=observer, limit=limit)
         self._module = load(compile=compile)
+        _check_lockable(threads * PIECE)
         for number in range(threads):
             self._start_thread(str(number), self._serve)
 
@@ -159,6 +163,20 @@ class LibaioBackend(QueuedBackend):
         pass  # the threads wait at the queue itself
 
 
+def _check_lockable(nbytes: int) -> None:
+    """Raise StoreError unless that much more memory can be locked now: the operator would end the process."""
+    try:
+        with allocate(nbytes, Ledger()) as probe:
+            lock(probe.tensor)
+    except StoreError as error:
+        raise StoreError(
+            f"libaio cannot be used: DeepSpeed's operator copies through locked memory, and {nbytes} bytes of it "
+            "cannot be had",
+            errno=error.errno,
+            advice="Raise the limit of locked memory (ulimit -l), or set memory.backend to threads.",
+        ) from error
+
+
 class _Lane:
     """The handles of one thread."""
 
@@ -173,6 +191,7 @@ class _Lane:
         tensor = torch.frombuffer(part, dtype=torch.uint8)
         direct = self._read.is_pinned(tensor)
         if not direct and self._chunk is None:
+            _check_lockable(PIECE)  # others may have locked some since the start
             self._chunk = self._read.new_cpu_locked_tensor(PIECE, torch.empty(0, dtype=torch.uint8))
         if not direct:
             assert self._chunk is not None

@@ -628,6 +628,36 @@ def test_what_deepspeeds_operator_does_not_report_is_noticed_and_mended(
     assert backend.close()
 
 
+def test_deepspeeds_operator_is_not_asked_to_lock_more_than_it_may(
+    disk: DirectFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would end the process. At the start that is a reason to take another backend, later an error."""
+    if not disk.direct:
+        pytest.skip("the operator is used with O_DIRECT only")
+
+    class Unpinned(_Careless):
+        def is_pinned(self, buffer: torch.Tensor) -> bool:
+            return False
+
+        def new_cpu_locked_tensor(self, count: int, example: torch.Tensor) -> torch.Tensor:
+            pytest.fail("the operator was asked")
+
+    monkeypatch.setattr(libaio, "load", lambda **_: types.SimpleNamespace(aio_handle=Unpinned))
+
+    def refused(tensor: torch.Tensor) -> None:
+        raise StoreError("cannot lock", errno=errno.ENOMEM)
+
+    with monkeypatch.context() as locked:
+        locked.setattr(libaio, "lock", lambda tensor: None)
+        backend = LibaioBackend(1, timeout=20)
+        locked.setattr(libaio, "lock", refused)
+        with random_buffer(PAGE) as out, pytest.raises(StoreError, match=rf"{PIECE} bytes.*ENOMEM.*ulimit -l"):
+            backend.write(disk, 0, out.tensor).wait()
+        assert backend.close()
+        with pytest.raises(StoreError, match=rf"libaio cannot be used.*{3 * PIECE} bytes.*ulimit -l"):
+            LibaioBackend(3, timeout=20)
+
+
 def test_reserve_names_what_is_needed_and_available() -> None:
     if not SHM.is_dir():
         pytest.skip("no /dev/shm")
