@@ -8,13 +8,17 @@ depends on how many processes there are.
 
 from __future__ import annotations
 
+import json
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from offload.config import Config
-from offload.errors import ConfigError
+from offload.errors import ConfigError, OffloadError
+from offload.zo_log import decode, encode
+from offload.zo_variants import Update
 
 
 def world() -> tuple[int, int]:
@@ -60,13 +64,13 @@ class Processes:
         dist.all_reduce(own)  # one of the summands is the value, the others are zero: exact
         return [float(value) for value in own.tolist()]
 
-    def least(self, value: int) -> int:
-        """The smallest of all processes' values."""
+    def gather(self, value: Any) -> list[Any]:
+        """What every process gives, in the order of their ranks; plain data."""
         if self.count == 1:
-            return value
-        shared = torch.tensor(value, device=self._device)
-        dist.all_reduce(shared, dist.ReduceOp.MIN)
-        return int(shared.item())
+            return [value]
+        found: list[Any] = [None] * self.count
+        dist.all_gather_object(found, value)
+        return found
 
     def wait(self) -> None:
         """Return when all processes have come here."""
@@ -76,3 +80,45 @@ class Processes:
     def close(self) -> None:
         if self._joined:
             dist.destroy_process_group()
+
+
+def check_settings(processes: Processes, cfg: Config) -> None:
+    """Raises ConfigError where processes would take different steps: each has measured its own machine, and may have
+    come to another micro-batch size where that is to be chosen."""
+    dumped = cfg.dump()
+    every = processes.gather({"train": dumped["train"], "zo": dumped.get("zo")})
+    for rank, other in enumerate(every):
+        for section, key in ((s, k) for s in ("train", "zo") for k in other[s] or {}):
+            if other[section][key] != every[0][section][key]:
+                raise ConfigError(
+                    f"{section}.{key}: got {every[0][section][key]!r} in the first process and {other[section][key]!r} "
+                    f"in process {rank}; accepted: one value for all, written out in the config"
+                )
+
+
+def common_log(processes: Processes, own: list[Update], committed: int, replays: bool) -> list[Update]:
+    """The updates that all processes go on after; one that has fewer in its own log takes them from another's.
+
+    Processes differ after a kill between two of them, and where a run goes on with more processes than it had: the new
+    ones begin with the first weights, and make the others' steps again from the log.
+
+    Args:
+        own: this process's log, as far as it can be gone on after. committed: the step of its store.
+        replays: whether steps can be made again from the log.
+    """
+    lines = [json.dumps(encode(update)) for update in own]  # as text, in which what is no number equals itself
+    every: list[tuple[int, bool, list[str]]] = processes.gather((committed, replays, lines))
+    last = max(len(every[0][2]), *(step for step, _, _ in every))
+    longest = next(log for _, _, log in every if len(log) >= last)[:last]
+    for rank, (stands_at, can, log) in enumerate(every):
+        if log[:last] != longest[: len(log)]:
+            raise OffloadError(
+                f"process {rank} has the log of another run than the first one; remove its run directory (the one that "
+                f"ends in -rank{rank}), and it makes the first one's steps again"
+            )
+        if stands_at != last and not can:
+            raise OffloadError(
+                f"process {rank} stands at step {stands_at} and another at {last}, and the steps of a model that "
+                "changes its own buffers cannot be made again from the log; go on with one process"
+            )
+    return [decode(json.loads(line)) for line in longest]

@@ -30,7 +30,7 @@ from offload.schedule import learning_rates
 from offload.units import Unit
 from offload.zo import direction_seed
 from offload.zo_log import NAME, UpdateLog, encode, read_log
-from offload.zo_processes import Processes
+from offload.zo_processes import Processes, check_settings, common_log
 from offload.zo_stream import Slot, UnitStream
 from offload.zo_variants import Branch, Update, make_variant
 from offload.zo_writeback import WriteBack
@@ -60,6 +60,7 @@ class ZerothOrderStep:
         )
         self._processes = Processes()
         stack.callback(self._processes.close)
+        check_settings(self._processes, cfg)
         self._together = prepared.workload.zo.together if prepared.workload.zo else 2
         self._runs: list[MicroBatch] = []
         forward = [u.index for u in self._units if not u.resident]
@@ -74,9 +75,9 @@ class ZerothOrderStep:
         applied = meta.get("applied", {})
         self._applied = {u.index: int(applied.get(str(u.index), 0)) for u in self._units}
         self._pieces.thresholds.update(meta.get("thresholds", {}))
-        updates = _logged(run, held.store.meta)
-        self.completed_steps = self._processes.least(len(updates))
-        updates = updates[: self.completed_steps]
+        committed, replays = int(held.store.meta["step"]), not held.store.meta["buffers"]
+        updates = common_log(self._processes, _logged(run, held.store.meta), committed, replays)
+        self.completed_steps = len(updates)
         self._pending = [u for u in updates if u.step >= min(self._applied.values())]
         self._log = UpdateLog(run.path, updates)
         stack.callback(self._log.close)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,12 @@ from typing import Any
 import pytest
 from killing import Run, Scenario, after_step, at, check_survivor, kill
 from warm import Warm
+
+import offload
+from offload.errors import ConfigError, OffloadError
+from offload.zo_log import encode
+from offload.zo_processes import Processes, check_settings, common_log
+from offload.zo_variants import Update
 
 ZO: dict[str, Any] = {"method": "zo", "schedule": {"name": "constant", "warmup_steps": 0}}
 SCENARIOS = (
@@ -38,25 +45,89 @@ def test_a_killed_run_ends_like_an_unbroken_one(scenario: Scenario, fast_path: P
     assert [row["step"] for row in killed.rows()] == list(range(1, scenario.steps + 1))
 
 
+def in_two_processes(run: Run, path: Path, warm: Warm, *arguments: str) -> None:
+    """`offload train` of a run as `torchrun --nproc-per-node 2` starts it, to its end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    logs = [path / f"rank{rank}.log" for rank in range(2)]
+    processes = []
+    for rank, log in enumerate(logs):
+        environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(warm.start(["train", str(run.file), "--yes", *arguments], environment, path, log))
+    codes = [process.wait(100) for process in processes]
+    assert codes == [0, 0], [log.read_text() for log in logs]
+
+
+def second_of(run: Run) -> Run:
+    """The run directory of the second process."""
+    return Run({**run.config, "output": f"{run.path}-rank1"}, run.file)
+
+
 def test_two_processes_give_the_numbers_of_one(fast_path: Path, warm: Warm) -> None:
     """One has the plus and one the minus branches; they exchange losses, and both end with the weights of one."""
     scenario = Scenario("processes", {**ZO, "global_batch_size": 2}, False, steps=6)
     alone = Run.make(scenario, fast_path / "one")
     together = Run.make(scenario, fast_path / "two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    processes = []
-    for rank in range(2):  # as torchrun starts them
-        environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        log = fast_path / f"rank{rank}.log"
-        processes.append(warm.start(["train", str(together.file), "--yes"], environment, fast_path, log))
+    in_two_processes(together, fast_path, warm)
     assert alone.finish(warm=warm) == 0, alone.output()
-    codes = [process.wait(100) for process in processes]
-    assert codes == [0, 0], [(fast_path / f"rank{rank}.log").read_text() for rank in range(2)]
     assert comparable(together) == comparable(alone)
-    second = Path(f"{together.path}-rank1")
-    assert (second / "zo.jsonl").read_text() == (together.path / "zo.jsonl").read_text()
-    assert not (second / "model").exists()
-    assert together.state() == Run({**together.config, "output": str(second)}, together.file).state()
+    second = second_of(together)
+    assert (second.path / "zo.jsonl").read_text() == (together.path / "zo.jsonl").read_text()
+    assert not (second.path / "model").exists()
+    assert together.state() == second.state()
+
+
+def test_a_run_goes_on_in_more_processes_or_fewer(fast_path: Path, warm: Warm) -> None:
+    """A process that is new, or was left out for some steps, makes those steps again from the first one's log."""
+    scenario = Scenario("processes", {**ZO, "global_batch_size": 2}, False, steps=8)
+    unbroken = Run.make(scenario, fast_path / "one")
+    assert unbroken.finish(warm=warm) == 0, unbroken.output()
+    changing = Run.make(scenario, fast_path / "two")
+    assert changing.finish("--steps", "2", warm=warm) == 0, changing.output()
+    in_two_processes(changing, fast_path, warm, "--resume", "--steps", "4")
+    assert changing.finish("--resume", "--steps", "6", warm=warm) == 0, changing.output()
+    in_two_processes(changing, fast_path, warm, "--resume")
+    assert comparable(changing) == comparable(unbroken)
+    assert changing.state() == second_of(changing).state()
+
+
+class Three(Processes):
+    """Three processes of which the first is asked, and the others say what the test gives them."""
+
+    def __init__(self, *others: Any) -> None:
+        self.count, self.rank, self._others = 3, 0, others
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, *self._others]
+
+
+def updates(count: int, first: float = 0.5) -> list[Update]:
+    return [Update(step, 0.1, ((step, first if step == 0 else float("nan")),)) for step in range(count)]
+
+
+def log(count: int, first: float = 0.5) -> list[str]:
+    return [json.dumps(encode(update)) for update in updates(count, first)]
+
+
+def test_all_processes_go_on_after_the_same_updates() -> None:
+    def steps(own: int, committed: int, *others: tuple[int, bool, list[str]], replays: bool = True) -> int:
+        return len(common_log(Three(*others), updates(own), committed, replays))
+
+    assert steps(5, 4, (4, True, log(6)), (0, True, [])) == 5  # the first one's log, which is the run's
+    assert steps(5, 4, (6, True, log(6)), (0, True, [])) == 6  # a store that is further cannot go back
+    with pytest.raises(OffloadError, match="process 2 has the log of another run"):
+        steps(5, 4, (5, True, log(5)), (3, True, log(3, first=0.25)))
+    with pytest.raises(OffloadError, match="process 2 stands at step 3 and another at 5.*own buffers"):
+        steps(5, 5, (5, False, log(5)), (3, False, log(3)), replays=False)
+
+
+def test_processes_that_chose_other_settings_are_refused() -> None:
+    cfg = offload.Config.load({"output": "run", "train": {"method": "zo", "steps": 1, "micro_batch_size": 2}})
+    one, other = (
+        {"train": {**cfg.dump()["train"], "micro_batch_size": rows}, "zo": cfg.dump().get("zo")} for rows in (2, 1)
+    )
+    check_settings(Three(one, one), cfg)
+    with pytest.raises(ConfigError, match=r"train.micro_batch_size: got 2 in the first process and 1 in process 2"):
+        check_settings(Three(one, other), cfg)
