@@ -84,6 +84,8 @@ def lines(first: RunData, second: RunData) -> list[Line]:
     shared = by_step[0].keys() & by_step[1].keys()
     equal = sum(by_step[0][step] == by_step[1][step] for step in shared)
     found.append(Line("steps of equal loss, to the bit", f"{equal} of {len(shared)}", ""))
+    if first.evals or second.evals:
+        add("eval loss, last", lambda run: run.evals[-1]["eval_loss"] if run.evals else None, lambda x: f"{x:.6g}")
     add("seconds per step, median", lambda run: _median(run, "seconds"), tables.duration)
     add("seconds per step, mean", report.step_seconds, tables.duration)
     add("tokens per second, median", lambda run: _median(run, "tokens_per_second"), lambda x: f"{x:,.0f}")

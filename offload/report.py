@@ -409,6 +409,7 @@ def _map(units: list[dict[str, Any]]) -> charts.Picture:
     rows = {
         label: [unit["placement"].get(role, "-") for unit in units]
         for label, role in (("weights", "param"), ("state", "exp_avg"), ("gradient", "grad"))
+        if any(role in unit["placement"] for unit in units)  # forward passes only need no gradient
     }
     rows["activations"] = [max(unit["activations"], key=lambda what: unit["activations"][what]) for unit in units]
     return charts.units([unit["name"] for unit in units], rows, _DECIDED)

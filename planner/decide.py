@@ -219,7 +219,7 @@ def as_plan(d: Decision, seconds: float) -> Plan:
         layout=arena_layout(w, buffers).to_json() | {"one_unit_bytes": lower_bound(w)},
         buffers=buffers,
         commit_every=d.prediction.commit_every,
-        spill_gradients=any(u.placement["grad"] == "nvme" for u in units),
+        spill_gradients=any(u.placement.get("grad") == "nvme" for u in units),
         hardware=p.hw.name,
         stall_seconds=d.prediction.stall_seconds,
         notes=w.notes + d.notes,
@@ -228,9 +228,11 @@ def as_plan(d: Decision, seconds: float) -> Plan:
 
 
 def _unit_plan(unit: UnitProfile, c: UnitChoice, w: Workload) -> UnitPlan:
-    state = c.weights if w.zo else c.state  # zeroth-order: moments travel with the weights
-    placement = {"param": c.weights, **dict.fromkeys(("master", "exp_avg", "exp_avg_sq"), state)}
-    placement["grad"] = c.gradient if w.clipping and unit.trainable else "gpu"
+    if w.zo:  # no gradient; moments travel with the weights
+        placement = {"param": c.weights, **dict.fromkeys((name for name, *_ in w.zo.roles), c.weights)}
+    else:
+        placement = {"param": c.weights, **dict.fromkeys(("master", "exp_avg", "exp_avg_sq"), c.state)}
+        placement["grad"] = c.gradient if w.clipping and unit.trainable else "gpu"
     placement["activation"] = c.boundary
     activations = {
         "keep": c.keep,

@@ -267,7 +267,8 @@ class UnitPlan:
     placement["activation"] is where the unit's outputs wait for backward: gpu, cpu, cxl or nvme.
 
     placement["grad"] is the tier where a step's gradient waits for its update: "cpu" or "cxl" (a home there) or "nvme"
-    (spilled) when clipping, "gpu" (only ever in its slot) without clipping or without trainable parameters.
+    (spilled) when clipping, "gpu" (only ever in its slot) without clipping or without trainable parameters. A
+    zeroth-order plan has the roles that are stored, and no gradient.
     """
 
     name: str

@@ -129,6 +129,9 @@ def test_an_exception_in_a_loop_of_ones_own_is_in_the_report(fast_path: Path) ->
 def test_runs_of_other_length_model_and_method_are_compared(killed: Path, fast_path: Path) -> None:
     with offload.wrap(None, config(fast_path / "zo", method="zo")) as engine:
         engine.step(BATCH)
+        assert all(unit.placement.keys() == {"param", "activation"} for unit in engine.plan.units)
+        engine.run.append_eval({"step": 1, "eval_loss": 2.5})
+    assert "grad" not in report.build(fast_path / "zo").plan["units"][0]["placement"]
     (fast_path / "zo" / "trace.json").unlink()
     (fast_path / "zo" / "memory.json").unlink()
     page, figures, settings = compare.build(killed, fast_path / "zo")
@@ -137,6 +140,7 @@ def test_runs_of_other_length_model_and_method_are_compared(killed: Path, fast_p
     assert told["steps"].first == str(rows[0][-1]["step"]) and told["steps"].second == "1"
     assert told["loss at step 1"].first == f"{rows[0][0]['loss']:.6g}"
     assert told["loss at step 1"].second == f"{rows[1][0]['loss']:.6g}"
+    assert (told["eval loss, last"].first, told["eval loss, last"].second) == ("-", "2.5")
     assert told["RAM of the process, peak (PSS)"].second == "-" and not told["RAM of the process, peak (PSS)"].ratio
     assert all(line.second == "-" for name, line in told.items() if name.startswith("waits for"))
     assert {line.name for line in settings} >= {"train.method", "model.architecture.hidden_size", "train.steps"}

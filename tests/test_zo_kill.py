@@ -119,7 +119,7 @@ def test_all_processes_go_on_after_the_same_updates() -> None:
     assert steps(5, 4, (6, True, log(6)), (0, True, [])) == 6  # a store that is further cannot go back
     with pytest.raises(OffloadError, match="process 2 has the log of another run"):
         steps(5, 4, (5, True, log(5)), (3, True, log(3, first=0.25)))
-    with pytest.raises(OffloadError, match="process 2 stands at step 3 and another at 5.*own buffers"):
+    with pytest.raises(OffloadError, match=r"process 2 stands at step 3 and another at 5.*own buffers"):
         steps(5, 5, (5, False, log(5)), (3, False, log(3)), replays=False)
 
 
