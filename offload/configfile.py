@@ -7,15 +7,16 @@ import difflib
 import json
 import re
 import tomllib
-import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from offload.config import Config
+from offload.config_keys import all_keys, gist, section_in
+from offload.config_values import Section
 from offload.errors import ConfigError
 
 
@@ -161,7 +162,7 @@ def _explain(item: Any) -> list[str]:
         return [f"{key}: unknown key (got {_short(got)}){_nearest(str(loc[-1]), fields)}; accepted: {_keys(section)}"]
     if kind == "missing":
         field = section.model_fields.get(str(loc[-1])) if section else None
-        meaning = f" ({field.description})" if field and field.description else ""
+        meaning = f" ({gist(field)})" if field and field.description else ""
         return [f"{key}: missing; give a value{meaning}"]
     if kind == "literal_error":
         options = re.findall(r"'([^']*)'", context["expected"])
@@ -177,24 +178,18 @@ def _explain(item: Any) -> list[str]:
     return [f"{key}: got {_short(got)}; {item['msg']}"]
 
 
-def _section(loc: tuple[int | str, ...]) -> type[BaseModel] | None:
+def _section(loc: tuple[int | str, ...]) -> type[Section] | None:
     """The schema class at a location, or None where the schema is free (model.architecture)."""
-    found: type[BaseModel] | None = Config
+    found: type[Section] | None = Config
     for part in loc:
         if isinstance(part, int) or found is None:
             continue
         field = found.model_fields.get(part)
-        found = _model_in(field.annotation) if field else None
+        found = section_in(field.annotation) if field else None
     return found
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
-        return annotation if issubclass(annotation, BaseModel) else None
-    return next((m for m in map(_model_in, get_args(annotation)) if m), None)
-
-
-def _keys(section: type[BaseModel] | None) -> str:
+def _keys(section: type[Section] | None) -> str:
     return ", ".join(section.model_fields) if section else "-"
 
 
@@ -202,18 +197,8 @@ def _nearest(word: str, options: list[str]) -> str:
     close = difflib.get_close_matches(word, options, n=1, cutoff=0.5)
     if close:
         return f"; did you mean {close[0]!r}?"
-    elsewhere = [key for key in _paths(Config) if key.rpartition(".")[2] == word]
+    elsewhere = [key for key, _ in all_keys() if key.rpartition(".")[2] == word]
     return f"; did you mean {elsewhere[0]!r}?" if elsewhere else ""
-
-
-def _paths(section: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every key of the schema below `section`, dotted."""
-    found = []
-    for name, field in section.model_fields.items():
-        inner = _model_in(field.annotation)
-        found.append(prefix + name)
-        found += _paths(inner, f"{prefix}{name}.") if inner else []
-    return found
 
 
 def _short(value: object) -> str:

@@ -52,7 +52,7 @@ def toy(model_type: str) -> None:
 
     import offload.train  # noqa: F401  (what the run imports)
     from offload import adamw_jit, models
-    from offload.config import ModelConfig
+    from offload.config_sections import ModelConfig
 
     adamw_jit.load()  # a compiler, where one is installed
     defaults = models.config_from_architecture({"model_type": model_type})

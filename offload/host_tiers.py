@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from offload.config import CxlConfig
+from offload.config_sections import CxlConfig
 from offload.errors import ConfigError
 from offload.io import HostTier, Pace, StoreError, numa, tiers
 from offload.planner import Hardware

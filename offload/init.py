@@ -9,54 +9,74 @@ import psutil
 import yaml
 
 from offload import tables
+from offload.config_keys import all_keys, default_text, gist, words
 from offload.errors import ConfigError
 
+_COMMENTS = 30  # the column in which comments begin
 _TEMPLATE = """\
 # offload config. Relative paths start at the directory the command is run in.
-# Check it with `offload plan {{ file }}`, run it with `offload train {{ file }}`.
+# Check it with `offload plan {{ file }}`, run it with `offload train {{ file }}`. All keys: docs/config.md
 
 model:
-{%- if model %}
-  path: {{ model }}              # local Hugging Face directory or hub id
-{%- else %}
-  path: ./my-model            # local Hugging Face directory or hub id
-  # architecture: {model_type: llama, hidden_size: 256}   # instead of path: a fresh model with random weights
+  {{ key("model.path", model or "./my-model") }}
+{%- if not model %}
+  # instead of path: {{ gist("model.architecture") }}
+  # architecture: {model_type: llama, hidden_size: 256}
 {%- endif %}
-  dtype: bfloat16             # bfloat16 | float32: what is computed in and streamed
+  {{ key("model.dtype") }}
 
 data:
-  path: data.jsonl            # .jsonl .json .parquet .txt, a directory of them, or a hub data set id
-  format: alpaca              # text | alpaca | chat | tokens
-  # tokenizer: bytes          # default: the model's own; "bytes" for the embedded byte tokenizer
-  sequence_length: 1024
-  packing: true               # several samples per row
-  eval_fraction: 0.0          # share of the samples held back for evaluation
+  {{ key("data.path", "data.jsonl") }}
+  {{ key("data.format") }}
+  {{ key("data.tokenizer", "bytes", off=True) }}
+  {{ key("data.sequence_length") }}
+  {{ key("data.packing") }}
+  {{ key("data.eval_fraction") }}
 
 train:
-  method: full
-  steps: 1000                 # or epochs: 3
-  micro_batch_size: 1         # rows per forward; auto: the planner takes the largest that pays
-  global_batch_size: 16       # rows per step; more rows spread the cost of moving the weights
-  optimizer: {name: adamw, lr: 1.0e-5, betas: [0.9, 0.999], eps: 1.0e-8, weight_decay: 0.0}
-  schedule: {name: cosine, warmup_steps: 50}     # cosine | linear | constant
-  max_grad_norm: 1.0          # null: no clipping, and then the optimizer overlaps with backward
-  commit_every: auto          # steps between durable commits
-  # eval_every: 100           # needs data.eval_fraction or data.eval_path
-  # report_to: [tensorboard]
-  seed: 0
+  {{ key("train.method") }}
+  {{ key("train.steps") }}
+  {{ key("train.micro_batch_size") }}
+  {{ key("train.global_batch_size") }}
+  optimizer:
+    {{ key("train.optimizer.name") }}
+    {{ key("train.optimizer.lr") }}
+    {{ key("train.optimizer.betas") }}
+    {{ key("train.optimizer.eps") }}
+    {{ key("train.optimizer.weight_decay") }}
+  schedule:
+    {{ key("train.schedule.name") }}
+    {{ key("train.schedule.warmup_steps") }}
+  {{ key("train.max_grad_norm") }}
+  {{ key("train.commit_every") }}
+  {{ key("train.eval_every", 100, off=True) }}
+  {{ key("train.report_to", "[tensorboard]", off=True) }}
+  {{ key("train.seed") }}
 
 memory:                       # hard budgets; auto: what this machine has, less room for the system
   device: auto                # {{ device }}
   gpu: auto                   # {{ gpu }}
   cpu: auto                   # {{ cpu }}
-  # Memory on CXL cards (NUMA nodes without CPUs), if there is any: docs/config.md
+  # {{ gist("memory.cxl") }}
   # cxl: {size: 64GiB}
-  # The store of weights and optimizer state. Default: <output>/store. Give the fastest SSDs, several are striped:
+  # {{ gist("memory.nvme") }}
   # nvme: [{path: /mnt/nvme0/offload, size: 500GiB}]
   # here: {{ disk }}
 
-output: runs/my-run
+{{ key("output") }}
 """
+
+
+def _key(name: str, value: object = None, off: bool = False) -> str:
+    """A line of the config: a key with its default or `value`, and as comment what the schema says of it.
+
+    `off`: the line is a comment itself.
+    """
+    field = dict(all_keys())[name]
+    text = f"{'# ' * off}{name.rpartition('.')[2]}: {default_text(field) if value is None else value}"
+    unsaid = [word for word in words(field) if word not in gist(field)]
+    told = f"{' | '.join(words(field))}: {gist(field)}" if len(words(field)) > 1 and unsaid else gist(field)
+    return f"{text:<{_COMMENTS - 2 * name.count('.')}}# {told}"
 
 
 def config_text(model: str | None, file: str = "CONFIG") -> str:
@@ -70,6 +90,8 @@ def config_text(model: str | None, file: str = "CONFIG") -> str:
         device, gpu = "cpu: no CUDA device here", "on cpu, the arena in RAM that stands for a GPU"
     disk = psutil.disk_usage(".")
     return jinja2.Template(_TEMPLATE, keep_trailing_newline=True).render(
+        key=_key,
+        gist=lambda name: gist(dict(all_keys())[name]),
         model=yaml.safe_dump(model).splitlines()[0] if model else None,
         file=file,
         device=device,

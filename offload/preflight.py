@@ -9,7 +9,9 @@ import importlib.util
 import tempfile
 from pathlib import Path
 
-from offload.config import Config, CxlConfig, absolute, is_local
+from offload.config import Config
+from offload.config_sections import CxlConfig
+from offload.config_values import absolute, is_local
 from offload.errors import ConfigError
 
 _FILES = "a .jsonl, .json, .parquet or .txt file, a directory of them, or a hub data set id"

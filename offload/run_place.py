@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from offload.config import absolute
+from offload.config_values import absolute
 from offload.errors import ConfigError, OffloadError
 
 IO_CHOICE = "io.json"

@@ -16,7 +16,9 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, TextIO
 
-from offload.config import Config, NvmePath, absolute
+from offload.config import Config
+from offload.config_sections import NvmePath
+from offload.config_values import absolute
 from offload.errors import ConfigError, OffloadError
 from offload.run_place import make_directories, not_there, refuse_existing, remove_files, rmdir, take_lock
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from offload.config import Config, ZoConfig
+from offload.config import Config
+from offload.config_sections import ZoConfig
 
 GROUP = 64  # values that share a scale; parameters begin at multiples of it (offload.layout.ALIGN)
 # Stored bits of each format's mantissa, and the exponent of its smallest normal number.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from offload.boundary import Boundaries, MicroBatch
-from offload.config import ZoConfig
+from offload.config_sections import ZoConfig
 from offload.errors import OffloadError
 from offload.full_step import Outcome
 from offload.loss import LossItems, Scale, micro_seed

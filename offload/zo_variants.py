@@ -16,7 +16,8 @@ from torch import Tensor
 
 from offload import adamw, zo_noise
 from offload.adamw import Hyper
-from offload.config import Config, OptimizerConfig, ZoConfig
+from offload.config import Config
+from offload.config_sections import OptimizerConfig, ZoConfig
 
 # Values of a parameter that its magnitude threshold is taken from, evenly spaced.
 THRESHOLD_SAMPLES = 1 << 20

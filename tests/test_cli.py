@@ -102,6 +102,9 @@ def test_init_writes_a_config_that_loads(tmp_path: Path) -> None:
     cfg = Config.load(tmp_path / "offload.yaml")
     assert cfg.model and cfg.model.path == "./some: model"
     assert cfg.train == Config.load({}).train
+    lines = (tmp_path / "offload.yaml").read_text().splitlines()
+    assert any(line.strip().startswith("lr: 1.0e-5") and line.endswith("# peak learning rate") for line in lines)
+    assert all(len(line) <= 120 for line in lines if " free in " not in line)  # that one ends with a path
     again = offload("init", cwd=tmp_path)
     assert again.returncode == 2 and "already exists" in again.stderr
 

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offload import preflight
-from offload.config import Config, format_size, parse_size
+from offload.config import Config
+from offload.config_values import format_size, parse_size
 from offload.errors import ConfigError
 from offload.resumable import check_resumable
 

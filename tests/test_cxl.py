@@ -22,7 +22,7 @@ from test_exactness import assert_same as assert_same_zo
 
 import offload
 from offload import activation_stream, host_tiers, report_memory
-from offload.config import CxlConfig
+from offload.config_sections import CxlConfig
 from offload.engine import Engine, prepare
 from offload.errors import ConfigError
 from offload.state import role_sizes

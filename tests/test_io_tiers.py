@@ -145,7 +145,7 @@ def test_huge_pages_do_not_make_a_buffer_larger() -> None:
 
 
 def test_a_config_with_a_node_that_is_not_there_names_those_that_are() -> None:
-    from offload.config import CxlConfig
+    from offload.config_sections import CxlConfig
     from offload.preflight import _cxl
 
     assert _cxl(None) == [] and _cxl(CxlConfig(size=1 << 40, emulate=True)) == []
