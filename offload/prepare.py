@@ -22,8 +22,9 @@ from offload.host_tiers import host_tiers, with_rates
 from offload.io import HostTier
 from offload.planner import Budgets, Hardware, Plan, UnitProfile, Workload, ZerothOrder, make_plan, probe
 from offload.planner.micro_batch import largest_that_pays, noted
-from offload.planner.profile import Head, profile_model
+from offload.planner.profile import profile_model
 from offload.planner.timed import timed
+from offload.planner.tracer import Head
 from offload.units import Unit, find_units
 from offload.zo_formats import freeze_unquantized
 from offload.zo_pieces import Pieces, make_pieces

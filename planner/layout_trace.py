@@ -15,7 +15,8 @@ import torch
 import torch.utils._pytree as pytree
 from offload.planner.layout import Lifetime
 from offload.planner.live import LiveBytes
-from offload.planner.profile import _fake_copy, _free_gradient, backward, default_batch
+from offload.planner.profile import default_batch, fake_copy, free_gradient
+from offload.planner.tracer import backward
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
@@ -90,7 +91,7 @@ def _trace(
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        clone = _fake_copy(model, fake, dtype, "cpu")
+        clone = fake_copy(model, fake, dtype, "cpu")
         if experts is not None:
             set_experts: Any = clone.set_experts_implementation  # a method of every model of the library
             set_experts(experts)
@@ -99,7 +100,7 @@ def _trace(
         args, kwargs = _inputs_of(module, clone, inputs, block)
         for p in clone.parameters():
             if p.requires_grad:
-                p.register_post_accumulate_grad_hook(_free_gradient)
+                p.register_post_accumulate_grad_hook(free_gradient)
         flat, spec = pytree.tree_flatten((args, kwargs))
         recorder = Recorder()
         recorder.ignore([*clone.parameters(), *clone.buffers(), *(x for x in flat if isinstance(x, Tensor))])

@@ -24,11 +24,11 @@ import torch.utils._pytree as pytree
 from offload.planner.bounds import UnitModules
 from offload.planner.measure import cache_directory, machine_key
 from offload.planner.plan import Hardware, Profile, UnitCost
-from offload.planner.profile import (
+from offload.planner.profile import default_batch
+from offload.planner.tracer import (
     Tracer,
     backward,
     boundaries,
-    default_batch,
     detach,
     loss_of,
     owners_of,
