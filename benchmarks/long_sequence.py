@@ -34,7 +34,7 @@ from offload.planner import Budgets, Plan, Workload
 from offload.planner.activations import can_choose
 from offload.planner.decide import as_plan, decide
 from offload.planner.memory import STAGING_BYTES, STAGING_COUNT
-from offload.planner.schedule import predict
+from offload.planner.prediction import predict
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 

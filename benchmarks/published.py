@@ -18,7 +18,7 @@ from offload.planner.activations import candidates
 from offload.planner.choice import everything_in_ram, nothing_in_ram
 from offload.planner.mip import solve
 from offload.planner.placement import Problem
-from offload.planner.schedule import predict
+from offload.planner.prediction import predict
 from offload.planner.timing import whole_step
 
 PAGE = Path(__file__).parent.parent / "docs" / "published.md"

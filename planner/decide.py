@@ -15,7 +15,7 @@ from offload.planner.layout_arena import arena_layout
 from offload.planner.memory import lower_bound
 from offload.planner.placement import Problem, fillings, top_up
 from offload.planner.plan import Budgets, Hardware, Plan, UnitPlan, UnitProfile, Workload
-from offload.planner.schedule import Prediction, predict
+from offload.planner.prediction import Prediction, predict
 from offload.planner.suggest import suggestions
 
 MOST_HEAD_CHUNKS = 64

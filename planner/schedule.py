@@ -1,4 +1,4 @@
-"""The engine's schedule of one step as a program for the simulator, and what the simulation says of the step.
+"""The engine's schedule of one step as a program for the simulator.
 
 forward    unit by unit: its fill (with clipping together with its pending update), then compute of all micro-batches;
 backward   in reverse: fill, compute, gradient out; without clipping the update follows each gradient.
@@ -10,24 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from offload.planner.choice import Choice, swaps
-from offload.planner.memory import UPDATE_COUNT, is_large, moments, reserve
-from offload.planner.plan import LANES, Hardware, UnitProfile, Workload
-from offload.planner.simulator import Program, Timeline, run, waits
-from offload.planner.timing import (
-    Estimate,
-    Step,
-    Traffic,
-    Work,
-    adamw_rate,
-    commit_interval,
-    copy_rates,
-    estimate,
-    lanes,
-    stage_resources,
-    unit_key,
-    unit_work,
-    whole_step,
-)
+from offload.planner.memory import UPDATE_COUNT, is_large, reserve
+from offload.planner.plan import Hardware, UnitProfile, Workload
+from offload.planner.simulator import Program
+from offload.planner.timing import Work, adamw_rate, copy_rates, stage_resources, unit_key, unit_work
 
 MANY_UNITS = 48  # beyond this, a unit is moved in fewer pieces: the pipeline is long enough to hide the difference
 
@@ -53,70 +39,7 @@ class _State:
     swapped: dict[int, int] = field(default_factory=dict)  # unit: its activations have left
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """One step in the steady state. `memory`: per tier, (seconds from the step's begin, bytes) wherever it changes."""
-
-    step_seconds: float
-    lane_seconds: dict[str, float]
-    busiest_lane: str
-    commit_every: int
-    stall_seconds: dict[str, float]
-    nvme_bytes: float
-    memory: dict[str, list[tuple[float, int]]]
-
-
-def predict(w: Workload, hw: Hardware, choice: Choice, memory: bool = False) -> Prediction:
-    """Simulate two steps; the second, which begins with the first's updates and trailing writes, is the prediction.
-
-    Zeroth-order steps are not simulated: one pass over the units is as long as its busiest resource, the estimate.
-    """
-    step = whole_step(w, hw, choice)
-    moved = estimate(w, hw, step)
-    if w.zo:
-        return _estimated(w, hw, step, moved)
-    builder = _Builder(w, hw, choice, moved.commit_every)
-    ends = [builder.step(), builder.step()]
-    program = builder.program
-    times = run(program)
-    begin, end = times.end[ends[0]], times.end[ends[1]]
-    lane_seconds = dict.fromkeys(LANES, 0.0)
-    busy = [0.0] * len(program.resources)
-    for op in range(builder.first_of_second, len(program.lane)):
-        lane = program.lane[op]
-        if lane in lane_seconds:
-            lane_seconds[lane] += program.seconds[op]
-        for r, shares in enumerate(program.resources):
-            busy[r] += shares.get(lane, 0.0) * program.seconds[op]
-    # Writes that nothing waits for pile up over two steps; over many, no resource can be busy longer than the step.
-    # CXL memory is used by operations of several lanes at once.
-    seconds = max(end - begin, *busy, (step.forward.cxl + step.backward.cxl) / hw.cxl)
-    if w.commit_every == "auto":  # the interval follows from the real step, not from the estimate
-        every = commit_interval(w, hw, sum(k.behind for k in builder.work), seconds)
-    else:
-        every = w.commit_every
-    return Prediction(
-        seconds,
-        lane_seconds,
-        max(lane_seconds, key=lambda name: lane_seconds[name]),
-        every,
-        waits(program, times, "compute", begin),
-        moved.nvme_bytes,
-        _memory(w, choice, program, times, builder.first_of_second, begin) if memory else {},
-    )
-
-
-def _estimated(w: Workload, hw: Hardware, step: Step, moved: Estimate) -> Prediction:
-    """The prediction of a step that is a single stage."""
-    stage = Traffic(**vars(step.forward))
-    stage.nvme_write += step.behind / moved.commit_every
-    busy = lanes(stage, w, hw)
-    lane_seconds = {name: busy[name] for name in LANES}
-    busiest = max(lane_seconds, key=lambda name: lane_seconds[name])
-    return Prediction(moved.step_seconds, lane_seconds, busiest, moved.commit_every, {}, moved.nvme_bytes, {})
-
-
-class _Builder:
+class Builder:
     """Appends one step after the other to a program."""
 
     def __init__(self, w: Workload, hw: Hardware, choice: Choice, commit_every: int) -> None:
@@ -396,22 +319,3 @@ def _visit_share(unit: UnitProfile, last: bool) -> float:
     if unit.kept and unit.visits > 1:
         return 1.0 if last else 0.0
     return 1.0 / unit.visits
-
-
-def _memory(
-    w: Workload, choice: Choice, program: Program, times: Timeline, first: int, begin: float
-) -> dict[str, list[tuple[float, int]]]:
-    """Bytes of what comes and goes, by tier, while the step runs: activations and the framework's temporaries.
-
-    What is reserved for the whole step (slots, rings, homes, pools) is constant and left out.
-    """
-    forward = {m.unit: m for m in moments(w, choice) if not m.backward}
-    backward = {m.unit: m for m in moments(w, choice) if m.backward}
-    found: list[tuple[float, int]] = []
-    for op in range(first, len(program.lane)):
-        what, unit = program.label[op]
-        if what in ("forward", "backward"):
-            moment = (forward if what == "forward" else backward)[unit]
-            found.append((times.begin[op] - begin, moment.activations + moment.framework))
-    return {"gpu": found}
-

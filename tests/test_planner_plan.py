@@ -21,7 +21,7 @@ from offload.planner import (
     reserve,
 )
 from offload.planner.choice import nothing_in_ram
-from offload.planner.schedule import predict
+from offload.planner.prediction import predict
 from offload.planner.timing import whole_step
 
 GIB = 1 << 30

@@ -15,8 +15,8 @@ from offload.planner.choice import everything_in_ram, nothing_in_ram
 from offload.planner.decide import decide
 from offload.planner.memory import peaks, reserve
 from offload.planner.plan import LANES
+from offload.planner.prediction import predict
 from offload.planner.profile import profile_model
-from offload.planner.schedule import predict
 from offload.planner.simulator import Program, run, waits
 from offload.planner.timed import timed
 from test_planner_plan import GIB, MACHINE, stack, workloads
