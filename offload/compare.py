@@ -11,9 +11,9 @@ from typing import Any
 
 from rich.table import Table
 
-from offload import charts, report, report_memory, rundir, tables
+from offload import charts, report, report_memory, run_data, rundir, tables
 from offload.progress import clock
-from offload.report import RunData
+from offload.run_data import RunData
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def build(path: str | Path, other: str | Path) -> tuple[Path, list[Line], list[L
 
     Raises ConfigError where one of the two is no run.
     """
-    first, second = report.load(path), report.load(other)
+    first, second = run_data.load(path), run_data.load(other)
     figures, settings = lines(first, second), differences(first, second)
     curves = {
         name: ([row["step"] for row in run.rows], [row["loss"] for row in run.rows])
@@ -87,14 +87,14 @@ def lines(first: RunData, second: RunData) -> list[Line]:
     if first.evals or second.evals:
         add("eval loss, last", lambda run: run.evals[-1]["eval_loss"] if run.evals else None, lambda x: f"{x:.6g}")
     add("seconds per step, median", lambda run: _median(run, "seconds"), tables.duration)
-    add("seconds per step, mean", report.step_seconds, tables.duration)
+    add("seconds per step, mean", run_data.step_seconds, tables.duration)
     add("tokens per second, median", lambda run: _median(run, "tokens_per_second"), lambda x: f"{x:,.0f}")
     add("time in steps", lambda run: sum(row["seconds"] for row in run.rows), clock)
     found.append(Line("busiest lane", *(statistics.mode(r["busiest_lane"] for r in d.rows) for d in (first, second))))
-    means = [report.lane_means(run) for run in (first, second)]
+    means = [run_data.lane_means(run) for run in (first, second)]
     for lane in means[0]:
         add(f"{lane}, busy per step", lambda run, lane=lane: means[run is second].get(lane, 0.0), tables.duration)  # type: ignore[misc]
-    waits = [report.stall_means(run) for run in (first, second)]
+    waits = [run_data.stall_means(run) for run in (first, second)]
     for reason in sorted(waits[0].keys() | waits[1].keys()):
         add(f"waits for {reason}", lambda run, r=reason: _waited(run, r), tables.duration)  # type: ignore[misc]
     for lane, word in (("nvme_read", "read"), ("nvme_write", "written")):
@@ -133,15 +133,15 @@ def _steps(run: RunData) -> int:
 
 
 def _waited(run: RunData, reason: str) -> float | None:
-    return None if "memory.json" in run.missing else report.stall_means(run).get(reason, 0.0)
+    return None if "memory.json" in run.missing else run_data.stall_means(run).get(reason, 0.0)
 
 
 def _median(run: RunData, key: str) -> float:
-    return statistics.median(row[key] for row in report.typical(run.rows))
+    return statistics.median(row[key] for row in run_data.typical(run.rows))
 
 
 def _mean_bytes(run: RunData, lane: str) -> float:
-    return statistics.fmean(row["io_bytes"][lane] for row in report.typical(run.rows))
+    return statistics.fmean(row["io_bytes"][lane] for row in run_data.typical(run.rows))
 
 
 def _peak(run: RunData, tier: str) -> int:

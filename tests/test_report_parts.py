@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import offload
-from offload import compare, report
+from offload import compare, report, run_data
 from offload.rundir import read_jsonl
 
 ROOT = Path(__file__).parent.parent
@@ -48,7 +48,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         while len(list(read_jsonl(run / "metrics.jsonl"))) < 2:
             assert process.poll() is None and time.monotonic() < end, process.communicate()[1]
             time.sleep(0.02)
-        going = report.load(run)
+        going = run_data.load(run)
         assert going.process == str(process.pid)
         assert f"is going on in process {process.pid}" in report.summary(going)["state"]
     finally:
@@ -67,7 +67,7 @@ def test_a_killed_run_has_all_but_what_came_last(killed: Path) -> None:
     assert "RAM: this process" in text and "operations on each lane over one step" in text  # of the first step
     assert f"memory.json was last written after step 1, and the run got to step {last}." in text
     assert "What compute waited for" in text and "achieved while busy" in text
-    links = report._links({"nvme_read": 1e9}, report._one_step(report.load(killed).trace)[2])
+    links = report._links({"nvme_read": 1e9}, run_data.one_step(run_data.load(killed).trace)[2])
     moved = json.loads((killed / "trace.json").read_text())
     first = sum(e["args"]["bytes"] for e in moved if e["args"].get("step") == 1 and e["ph"] == "X" and e["tid"] == 3)
     assert first == rows[0]["io_bytes"]["nvme_read"] > 0
