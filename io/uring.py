@@ -8,14 +8,12 @@ reads that compute waits for must not stand behind those of a commit.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import functools
 import heapq
 import logging
 import os
 import queue
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -28,6 +26,7 @@ from .directfile import DirectFile
 from .errors import StoreError
 from .queued import QUEUE, QueuedBackend, guarded, progressed
 from .request import Observer, Transfer
+from .uring_vector import Vector
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +56,7 @@ class _Call:
     flight: _Flight
     moved: int
     stop: int
-    vector: _Vector | None = None  # while it is in the ring
+    vector: Vector | None = None  # while it is in the ring
     number: int = 0  # its place in the order, and user_data in the ring
     index: int | None = None  # of the registered buffer it lies in
 
@@ -91,7 +90,7 @@ class UringBackend(QueuedBackend):
             ) from error
         self._uring: Any = liburing
         self._depth = depth
-        self._vectors = [_Vector(liburing) for _ in range(max(8, depth))]  # of calls that are not in the ring
+        self._vectors = [Vector(liburing) for _ in range(max(8, depth))]  # of calls that are not in the ring
         self._ring = self._make_ring(max(8, depth))
         self._cqe = liburing.Cqe()
         self._event = os.eventfd(0, os.EFD_CLOEXEC)
@@ -345,40 +344,6 @@ class UringBackend(QueuedBackend):
             return  # closed before
         self._uring.io_uring_queue_exit(self._ring)
         os.close(event)
-
-
-class _Entry(ctypes.Structure):
-    """struct iovec"""
-
-    _fields_ = (("base", ctypes.c_void_p), ("nbytes", ctypes.c_size_t))
-
-
-class _Vector:
-    """An Iovec of the package that is pointed at other memory for each call.
-
-    The package (2026.3.30) never lets go of a buffer that an Iovec was made from: one per call would keep alive all
-    memory that was ever read into or written from. So the few that a ring needs are made once, over a byte of their
-    own, and the C structure behind them is rewritten. Raises StoreError where it is not found.
-    """
-
-    def __init__(self, uring: Any) -> None:
-        own = bytearray(1)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(own))
-        self._iovec = uring.Iovec([own])
-        # Behind the object's header: the number of entries, and where they are.
-        words = (ctypes.c_size_t * 2).from_address(id(self._iovec) + object.__basicsize__)
-        known = sys.getsizeof(self._iovec) >= object.__basicsize__ + ctypes.sizeof(words) and words[0] == 1
-        self._entry = _Entry.from_address(words[1]) if known else _Entry()
-        if (self._entry.base, self._entry.nbytes) != (address, 1):
-            raise StoreError(
-                "io_uring cannot be used: this version of the package liburing lays out its Iovec in another way",
-                advice="Install liburing 2026.3.30, or set memory.backend to threads.",
-            )
-
-    def over(self, address: int, nbytes: int) -> Any:
-        """The Iovec, over `nbytes` bytes at `address`; who calls keeps that memory and this object until it is done."""
-        self._entry.base, self._entry.nbytes = address, nbytes
-        return self._iovec
 
 
 class _Files:
