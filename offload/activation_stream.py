@@ -24,12 +24,13 @@ from torch import Tensor
 
 from offload.activation_places import Place, Tier
 from offload.activation_saving import SavedTensors, Shares, whole
-from offload.boundary import MicroBatch, Record
+from offload.boundary import MicroBatch
 from offload.device import Device, limit_lane_threads
 from offload.errors import OffloadError
 from offload.io import Ledger
 from offload.planner import Plan
 from offload.trace import Trace
+from offload.unit_pass import Record
 from offload.units import Unit
 
 logger = logging.getLogger(__name__)
