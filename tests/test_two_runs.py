@@ -31,7 +31,7 @@ def test_two_processes_on_one_store_path(fast_path: Path, warm: Warm) -> None:
     processes = [run.start(warm=warm, faults="read:delay=0.02;write:delay=0.02") for run in shared]
     while last_row(shared[0]) < 1:
         assert processes[0].poll() is None, shared[0].output()
-    os.kill(processes[0].pid, signal.SIGSTOP)  # holds its lock until the others have been refused, however slow they are
+    os.kill(processes[0].pid, signal.SIGSTOP)  # it holds its lock until the others have been refused
 
     refused = [
         (shared[0].start(*arguments, warm=warm, log=log), code, fast_path / "shared" / log, message)
