@@ -27,6 +27,7 @@ from .libaio import LibaioBackend
 from .manifest import BLOCK, STRIPE, Extent, StorePath
 from .request import Observer, Priority, Request
 from .scan import NonFiniteError, Scan, copy_and_scan, first_non_finite
+from .scheduling import yield_to_compute
 from .store import Store
 from .threads import ThreadsBackend
 from .tiers import HostTier, Pace, copy, moving
@@ -76,4 +77,5 @@ __all__ = [
     "round_up",
     "used_share",
     "why_not",
+    "yield_to_compute",
 ]

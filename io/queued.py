@@ -13,6 +13,7 @@ from .backend import Backend
 from .buffers import PAGE
 from .errors import IOTimeout, StoreError, from_os_error
 from .request import Meter, Observer, Transfer
+from .scheduling import yield_to_compute
 
 QUEUE = 4096
 """Transfers that may wait before submit() blocks: 32 GiB in pieces of 8 MiB, more than any buffer pool holds."""
@@ -37,9 +38,16 @@ class QueuedBackend(Backend):
         self._changed = threading.Condition(self._lock)
         self._threads: list[threading.Thread] = []
 
-    def _start_thread(self, name: str, target: Callable[[], None]) -> None:
+    def _start_thread(self, name: str, target: Callable[[], None], urgent: bool = False) -> None:
+        """Start a thread of this backend; an `urgent` one only wakes to keep the device busy, others work too."""
+
+        def run() -> None:
+            if not urgent:
+                yield_to_compute()
+            target()
+
         # Daemons: a thread stuck in a system call on a hung device must not keep the process alive.
-        thread = threading.Thread(target=target, name=f"offload-io-{name}", daemon=True)
+        thread = threading.Thread(target=run, name=f"offload-io-{name}", daemon=True)
         self._threads.append(thread)
         thread.start()
 

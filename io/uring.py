@@ -104,7 +104,7 @@ class UringBackend(QueuedBackend):
         self._cancelling = False
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._syncs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._start_thread("ring", self._drive)
+        self._start_thread("ring", self._drive, urgent=True)
         for kind, jobs, count in (("helper", self._jobs, helpers), ("sync", self._syncs, syncs)):
             for number in range(count):
                 self._start_thread(f"{kind}-{number}", functools.partial(self._help, jobs))

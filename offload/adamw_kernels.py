@@ -38,7 +38,7 @@ def _real(_: Any, bits: Any) -> Any:
 
 
 @intrinsic
-def _widen(_: Any, value: Any) -> Any:
+def widen(_: Any, value: Any) -> Any:
     """A float32 as it is, or the bits of a bfloat16 (int16) as the float32 they stand for."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -54,17 +54,20 @@ def _inner(function: Callable[..., Any]) -> Any:
     return numba.njit(nogil=True, error_model="numpy")(function)
 
 
-def _cached(*types: Any) -> Callable[[Callable[..., None]], Any]:
+def compiled(signature: Any) -> Callable[[Callable[..., Any]], Any]:
     """Compile for one signature, cached where numba finds a place to write."""
-    signature = numba.void(*types, int64, *[float32] * 8)
 
-    def compile_now(function: Callable[..., None]) -> Any:
+    def compile_now(function: Callable[..., Any]) -> Any:
         try:
             return numba.njit(signature, nogil=True, error_model="numpy", cache=True)(function)
         except RuntimeError:  # no directory to keep a cache in
             return numba.njit(signature, nogil=True, error_model="numpy")(function)
 
     return compile_now
+
+
+def _cached(*types: Any) -> Callable[[Callable[..., None]], Any]:
+    return compiled(numba.void(*types, int64, *[float32] * 8))
 
 
 @_inner
@@ -104,7 +107,7 @@ def _split(master, v):  # type: ignore[no-untyped-def]
 def _split_loop(param, low, grad, exp_avg, exp_avg_sq, first, stop, whole, scale, a, b, c, d, e, f, h):  # type: ignore[no-untyped-def]
     for i in range(first, stop):
         p, v = _merged(param[i], low[i], exp_avg_sq[i])
-        p, m, v = _updated(p, _widen(grad[i]) * scale, exp_avg[i], v, whole, a, b, c, d, e, f, h)
+        p, m, v = _updated(p, widen(grad[i]) * scale, exp_avg[i], v, whole, a, b, c, d, e, f, h)
         high, bits, v = _split(p, v)
         param[i], low[i], exp_avg[i], exp_avg_sq[i] = high, bits, m, v
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from offload.heap import Heap
-from offload.io import HostBuffer, Ledger, allocate, lock
+from offload.io import HostBuffer, Ledger, allocate, lock, yield_to_compute
 from offload.planner.memory import KERNEL_CACHE_CAPACITY, MMAP_THRESHOLD
 from offload.trace import Clock
 
@@ -213,11 +213,13 @@ def optimizer_threads(device: str) -> int:
 
 
 def limit_lane_threads() -> None:
-    """Give the calling lane thread one OpenMP thread, so that lanes do not each grow a pool beside compute's.
+    """Give the calling lane thread one OpenMP thread, so that lanes do not each grow a pool beside compute's, and let
+    it yield to compute (`yield_to_compute`).
 
     `torch.set_num_threads` would also shrink the matrix library's pool for the main thread; OpenMP's own call sets the
     number for the calling thread alone. No result depends on it: see `tests/test_adamw.py`.
     """
+    yield_to_compute()
     torch.get_num_threads()  # torch sets the number once per thread, at the first call; ours must come after it
     openmp = _openmp()
     if openmp is not None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from offload.device import Device, limit_lane_threads
 from offload.errors import OffloadError
 from offload.io import Priority, Ring, copy, first_non_finite
+from offload.norms import Norms
 from offload.state import UnitState
 from offload.trace import Trace
 from offload.units import Unit
@@ -110,6 +111,7 @@ class GradientStream:
         self._drained: set[int] = set()
         self._finished: dict[int, UnitGradient] = {}
         self._failed: BaseException | None = None
+        self._norm = Norms()
         self._lane = ThreadPoolExecutor(1, thread_name_prefix="d2h", initializer=limit_lane_threads)
         self._hooks = []
         self._places: dict[int, tuple[Unit, str, int]] = {}  # by id of the parameter
@@ -158,6 +160,7 @@ class GradientStream:
         for hook in self._hooks:
             hook.remove()
         self._lane.shutdown(wait=True, cancel_futures=True)
+        self._norm.wait()
         self._free.clear()
         self._open.clear()
 
@@ -244,7 +247,7 @@ class GradientStream:
                 if slot.name in gradient.present:
                     part = summed[slot.offset : slot.offset + slot.numel]
                     # The norm of the whole parameter, as clip_grad_norm_ takes it: its rounding depends on the length.
-                    norm = gradient.norms[slot.name] = torch.linalg.vector_norm(part, dtype=torch.float32)
+                    norm = gradient.norms[slot.name] = self._norm(part)
                     if not torch.isfinite(norm):  # or finite values whose squares overflow, as plain PyTorch has it
                         _refuse_non_finite(slot.name, part)
         self._finished[unit.index] = gradient
