@@ -89,7 +89,7 @@ class Decision:
 
 
 def decide(w: Workload, budgets: Budgets, hw: Hardware, solver: str = "auto", time_limit: float = 10.0) -> Decision:
-    """The fastest choice within the budgets, with the fewest slots that reach it; where nothing fits, the smallest."""
+    """The fastest choice within the budgets, with the fewest slots that reach it; where nothing fits, the nearest."""
     best: Decision | None = None
     for slots in _slot_counts(w):
         p = Problem(w, hw, budgets, slots)
@@ -119,9 +119,10 @@ def _pays(more: Decision, best: Decision) -> bool:
 def greedy(p: Problem, known: Choice | None = None) -> Decision:
     """The best greedy candidate: homes in fixed orders, activations swept, or as in the choice that is `known`."""
     bases = candidates(p) if known is None else [nothing_in_ram(p.w, p.block_slots), _without_homes(known, p)]
-    fitting = [c for c in bases if _fits(p, c)]
-    ranked = sorted({c: p.score(c) for base in fitting or bases[:1] for c in fillings(p, base)}.items(),
-                    key=lambda pair: pair[1])  # fmt: skip
+    short = {c: p.shortage(c) for c in bases}
+    # where nothing fits, what comes nearest is shown and its shortfall told
+    bases = [c for c in bases if short[c] == 0.0] or [min(bases, key=short.__getitem__)]
+    ranked = sorted({c: p.score(c) for base in bases for c in fillings(p, base)}.items(), key=lambda pair: pair[1])
     count = max(SIMULATED, SIMULATED_UNITS // max(1, len(p.w.units)))
     return _best(p, [choice for choice, _ in ranked[:count]], "greedy", "feasible")
 
@@ -191,9 +192,9 @@ def _nothing_to_choose(d: Decision) -> bool:
 
 
 def fits(w: Workload, budgets: Budgets, hw: Hardware) -> bool:
-    """Whether any choice keeps the budgets: the one that needs least is looked at."""
+    """Whether any choice keeps the budgets."""
     p = Problem(w, hw, budgets)
-    return any(_fits(p, choice) for choice in candidates(p))
+    return _fits(p, nothing_in_ram(w)) or any(_fits(p, choice) for choice in candidates(p))
 
 
 def as_plan(d: Decision, seconds: float) -> Plan:

@@ -20,7 +20,7 @@ from offload.planner.memory import FRAMEWORK_MARGIN, PAGE, item_bytes, kept_work
 from offload.planner.placement import ROLES, Problem, top_up
 from offload.planner.plan import UnitProfile
 from offload.planner.solver import SolverFailed, run
-from offload.planner.timing import Step, lanes, stage_resources, unit_key, unit_step
+from offload.planner.timing import Step, lanes, stage_resources, unit_step
 
 GAP = 1e-6
 TOLERANCE = 1e-6  # by which solvers may exceed a constraint
@@ -85,7 +85,7 @@ class _Model:
     def _groups(self) -> list[_Group]:
         members: dict[Any, list[int]] = {}
         for i, unit in enumerate(self.w.units):
-            members.setdefault(unit_key(unit), []).append(i)
+            members.setdefault(unit.key, []).append(i)
         return [self._group(number, group) for number, group in enumerate(members.values())]
 
     def _group(self, number: int, members: list[int]) -> _Group:

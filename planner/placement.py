@@ -52,6 +52,10 @@ class Problem:
         peak = self.peak(choice)
         return {tier: self.limit[tier] - peak[tier] for tier in peak}
 
+    def shortage(self, choice: Choice) -> float:
+        """By how much the choice exceeds the budgets, in shares of each, added up; 0 where it fits."""
+        return sum(-room / max(1, self.limit[tier]) for tier, room in self.room(choice).items() if room < 0)
+
     def estimate(self, choice: Choice) -> Estimate:
         """The two-stage estimate of the choice."""
         return estimate(self.w, self.hw, whole_step(self.w, self.hw, choice))

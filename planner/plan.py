@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -44,6 +44,11 @@ class UnitProfile:
     def saved_bytes(self) -> int:
         """What one micro-batch keeps alive from forward to backward when the unit is not recomputed."""
         return sum(self.saved)
+
+    @cached_property
+    def key(self) -> tuple[object, ...]:
+        """Equal for units that cost the same: everything but the name."""
+        return tuple(getattr(self, f.name) for f in fields(self) if f.name != "name")
 
 
 @dataclass

@@ -13,7 +13,7 @@ from offload.planner.choice import Choice, swaps
 from offload.planner.memory import UPDATE_COUNT, is_large, reserve
 from offload.planner.plan import Hardware, UnitProfile, Workload
 from offload.planner.simulator import Program
-from offload.planner.timing import Work, adamw_rate, copy_rates, stage_resources, unit_key, unit_work
+from offload.planner.timing import Work, adamw_rate, copy_rates, stage_resources, unit_work
 
 MANY_UNITS = 48  # beyond this, a unit is moved in fewer pieces: the pipeline is long enough to hide the difference
 
@@ -46,10 +46,10 @@ class Builder:
         self.w, self.hw, self.choice = w, hw, choice
         known: dict[object, Work] = {}
         for unit, c in zip(w.units, choice.units, strict=True):
-            key = (unit_key(unit), c)
+            key = (unit.key, c)
             if key not in known:
                 known[key] = unit_work(unit, c, w, hw)
-        self.work = [known[unit_key(u), c] for u, c in zip(w.units, choice.units, strict=True)]
+        self.work = [known[u.key, c] for u, c in zip(w.units, choice.units, strict=True)]
         self.every = max(1, commit_every)
         self.program = Program(stage_resources(w, hw))
         self.copy_in, self.copy_out = copy_rates(w, hw)

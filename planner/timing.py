@@ -194,18 +194,13 @@ def _zeroth_order_step(unit: UnitProfile, c: UnitChoice, w: Workload, zo: Zeroth
 
 def whole_step(w: Workload, hw: Hardware, choice: Choice) -> Step:
     """The step's traffic; equal units are worked out once."""
-    total, known = Step(), {}
+    alike: dict[tuple[object, UnitChoice], list[UnitProfile]] = {}
     for unit, c in zip(w.units, choice.units, strict=True):
-        key = (unit_key(unit), c)
-        if key not in known:
-            known[key] = unit_step(unit, c, w, hw)
-        total.add(known[key])
+        alike.setdefault((unit.key, c), []).append(unit)
+    total = Step()
+    for (_, c), units in alike.items():
+        total.add(unit_step(units[0], c, w, hw), len(units))
     return total
-
-
-def unit_key(unit: UnitProfile) -> tuple[object, ...]:
-    """Equal for units that cost the same."""
-    return tuple(value for name, value in vars(unit).items() if name != "name")
 
 
 def adamw_rate(w: Workload, hw: Hardware) -> float:

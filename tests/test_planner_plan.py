@@ -164,6 +164,31 @@ def test_a_shortfall_is_told_per_tier_with_settings_that_fit() -> None:
     assert micro, plan.suggestions
 
 
+@pytest.mark.parametrize("solver", ["greedy", "auto"])
+def test_what_comes_nearest_is_shown_where_nothing_fits(solver: str) -> None:
+    """Outputs that may wait on NVMe are not counted as missing on the device."""
+    units = tuple(
+        replace(u, boundary_bytes=32 << 20, saved=(32 << 20,) * 4) if u.kind == "block" else u
+        for u in stack(16, 1024, 4096)
+    )
+    w = Workload(units, 8, 1, 512, "bfloat16", True, "auto", "cuda", activations="plan")
+    nvme = (("/a", 1 << 40),)
+    away = make_plan(w, Budgets(4 * GIB, 4 * GIB, 0, nvme), MACHINE, "greedy").peak_bytes["gpu"]
+    assert away < 4 * GIB <= sum(8 * u.boundary_bytes for u in units)
+    plan = make_plan(w, Budgets(256 << 20, 4 * GIB, 0, nvme), MACHINE, solver)
+    assert set(plan.shortfall_bytes) == {"gpu"} and plan.shortfall_bytes["gpu"] < GIB
+    assert any(u.placement["activation"] != "gpu" for u in plan.units)
+    assert str(plan.peak_bytes["gpu"]) in plan.suggestions[0]
+    raised = Budgets(plan.peak_bytes["gpu"], 4 * GIB, 0, nvme)
+    assert make_plan(w, raised, MACHINE, solver).fits
+
+
+def test_units_that_cost_the_same_are_alike_whatever_was_looked_up() -> None:
+    one, other = (UnitProfile(name, "block", 64, 64, 0, saved=(1, 2)) for name in "ab")
+    assert one.saved_bytes == 3  # cached in the one, not in the other
+    assert one.key == other.key != replace(other, saved=(1, 3)).key
+
+
 def test_buffers_are_those_of_the_widest_unit_of_each_class() -> None:
     w = Workload(stack(3, 256, 32000), 2, 1, 512, "bfloat16", True, "auto", "cpu")
     block, table = 12 * 256 * 256, 32000 * 256
