@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 from offload.planner.measure import available_ram, probe
@@ -47,9 +48,23 @@ def load_hardware(name_or_file: str | Path, ssds: int = 1) -> Hardware:
     missing = [key for key in _REQUIRED if key not in data]
     if missing:
         raise ValueError(f"hardware file {path}: missing {', '.join(missing)}")
-    data["source"] = {str(k): str(v) for k, v in (data.get("source") or {}).items()}
-    hardware = Hardware(**data)
+    source = data.get("source") or {}
+    if not isinstance(source, dict):
+        raise ValueError(f"hardware file {path}: source is {source!r}; it must map keys to texts")
+    data["source"] = {str(k): str(v) for k, v in source.items()}
+    rates = data["matrix_flops"]
+    if isinstance(rates, dict):
+        data["matrix_flops"] = {key: _number(value) for key, value in rates.items()}
+    hardware = Hardware(**{k: v if k in ("name", "source") else _number(v) for k, v in data.items()})
     return replace(hardware, nvme_read=hardware.nvme_read * ssds, nvme_write=hardware.nvme_write * ssds)
+
+
+def _number(value: Any) -> Any:
+    """What YAML 1.1 leaves as text though it is a number: `7e9` (it wants `7.0e+9`)."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _near(text: str, known: Sequence[str]) -> str:

@@ -199,6 +199,8 @@ class Hardware:
     source: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"hardware: name is {self.name!r}; it must be a text")
         for key in RATES:
             _positive(key, getattr(self, key), self.name)
         for key in RATES_TOGETHER:
@@ -228,7 +230,7 @@ class Hardware:
 
 
 def _positive(key: str, value: Any, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise ValueError(f"hardware {name}: {key} is {value!r}; it must be a number above 0")
 
 

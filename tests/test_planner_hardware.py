@@ -37,6 +37,15 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     assert load_hardware(tmp_path / "mine.json").nvme_read == 1.2e10
 
 
+def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path: Path) -> None:
+    text = (PRESETS / "rtx4090.yaml").read_text()
+    assert "nvme_read: 6.5e+9" in text and "bfloat16: 1.57e+14" in text
+    path = tmp_path / "mine.yaml"
+    path.write_text(text.replace("nvme_read: 6.5e+9", "nvme_read: 7e9").replace("1.57e+14", "2e14"))
+    found = load_hardware(path)
+    assert found.nvme_read == 7e9 and found.matrix_flops["bfloat16"] == 2e14
+
+
 def test_an_unknown_preset_names_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"'rtx4900'.*did you mean 'rtx4090'"):
         load_hardware("rtx4900")
@@ -54,6 +63,10 @@ def test_an_unknown_preset_names_the_nearest() -> None:
         ({"matrix_flops": {"bfloat16": 1e12, "float32": -1}}, "matrix_flops.float32 is -1"),
         ({"nvme_raed": 1e9}, "unknown key 'nvme_raed'; did you mean 'nvme_read'"),
         ({"cpu_bytes": None}, "cpu_bytes is None"),
+        ({"nvme_read": float("inf")}, "nvme_read is inf"),
+        ({"name": 4090}, "name is 4090"),
+        ({"source": ["a white paper"]}, "source is"),
+        ({"link_duplex": 3}, "link_duplex is 3"),
     ],
 )
 def test_a_corrupted_preset_is_refused_by_key(tmp_path: Path, change: dict[str, object], message: str) -> None:
