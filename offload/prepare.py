@@ -111,7 +111,7 @@ def prepare(cfg: Config, model: nn.Module | None = None, hardware: Hardware | No
 
     def workload_of(rows: int) -> Workload:
         if rows not in known:
-            known[rows] = _workload(cfg, model, units, dtype, device, machine if here else None, zo, rows)
+            known[rows] = _workload(cfg, model, units, dtype, device, budgets, machine if here else None, zo, rows)
         return known[rows]
 
     size = cfg.train.micro_batch_size
@@ -159,6 +159,7 @@ def _workload(
     units: list[Unit],
     dtype: torch.dtype,
     device: str,
+    budgets: Budgets,
     here: Hardware | None,
     zo: Pieces | None,
     rows: int,
@@ -181,6 +182,7 @@ def _workload(
         profile = timed(
             profile, model, modules, here,
             micro_batch=rows, sequence_length=length, dtype=dtype, device=device, backward=backward,
+            budget=budgets.cpu if device == "cpu" else budgets.gpu,
         )  # fmt: skip
     profiles = []
     for unit in units:

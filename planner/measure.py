@@ -30,6 +30,7 @@ SYSTEM_SHARE = 0.10  # of RAM, left to the system ...
 SYSTEM_BYTES = 2 << 30  # ... and at least this much
 _VERSION = 3  # of what is measured and how; part of the cache key
 _FILE_BYTES = 128 << 20
+_COPY_BYTES = 64 << 20  # copied within RAM: more than a cache holds, and no more than the smallest runs reserve
 _BLOCK = 8 << 20
 _SECONDS = 0.15  # per measurement
 _DRIVE_SECONDS = 0.6  # per direction, after which no new block is started
@@ -173,7 +174,7 @@ def _measure(device: str, drives: dict[int, Path], adamw: Callable[[str], float]
     source = {key: "measured on this machine" for key in ("matrix_flops", "h2d", "d2h", "ram", "adamw")}
     flops = {name: _matrix_rate(getattr(torch, name), device) for name in ("bfloat16", "float32")}
     with _one_thread():  # as a lane copies
-        ram = _copy_rate(torch.ones(_FILE_BYTES // 4), torch.zeros(_FILE_BYTES // 4))
+        ram = _copy_rate(*torch.ones(2, _COPY_BYTES // 4))
     h2d = d2h = ram
     link_duplex = 1.0
     if device == "cuda":

@@ -8,6 +8,7 @@ random weights, run, and its weights dropped; the units between are passed over.
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
 import json
 import os
@@ -53,23 +54,22 @@ def timed(
     sequence_length: int,
     dtype: torch.dtype,
     device: str,
+    budget: int | None = None,
     backward: bool = True,
     refresh: bool = False,
 ) -> Profile:
-    """`profile` with measured seconds where one unit can be timed within `LONGEST` and a quarter of the free RAM.
+    """`profile` with measured seconds where every unit can be timed within `LONGEST`, a quarter of the free memory and
+    `budget`: bytes of the device's memory that the run may take, so that nothing before it takes more.
 
     Without `backward` the backward seconds are those of the loss alone.
     The model, on meta or not, is not touched. What cannot be run keeps the estimate from its operations, with a note.
     """
     rate = hardware.matrix_rate(str(dtype).removeprefix("torch."))
-    room = hardware.cpu_bytes // 4 if device == "cpu" else hardware.gpu_bytes // 4
-    size = dtype.itemsize
+    room = (hardware.cpu_bytes if device == "cpu" else hardware.gpu_bytes) // 4
+    room = room if budget is None else min(room, budget)
     for name, _, modules in units:
         cost = profile.costs[name]
-        held = 2 * size * sum(p.numel() for m in modules[:1] for p in m.parameters())
-        if cost.kept:  # timed with the model's own loss: the logits whole, and three times in float32
-            held += 3 * profile.logits_bytes * 4 // size
-        if 4 * cost.forward_flops / rate > LONGEST or held + cost.workspace_backward > room:
+        if 4 * cost.forward_flops / rate > LONGEST or _bytes_to_time(cost, modules, profile, dtype) > room:
             return replace(profile, notes=(*profile.notes, f"times: {name} is too large to be timed at start-up"))
     key = _key(model, units, micro_batch, sequence_length, dtype, device, backward)
     found = None if refresh else _load(key)
@@ -83,12 +83,24 @@ def timed(
                 reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
         if found is None:
             return replace(profile, notes=(*profile.notes, f"times: estimated from operations ({reason})"))
+        gc.collect()  # of the copy's modules, whose patched forwards refer to them
         _save(key, found)
     costs = {
         name: replace(cost, forward_seconds=found[name][0], backward_seconds=found[name][1]) if name in found else cost
         for name, cost in profile.costs.items()
     }
     return replace(profile, costs=costs)
+
+
+def _bytes_to_time(cost: UnitCost, modules: Sequence[nn.Module], profile: Profile, dtype: torch.dtype) -> int:
+    """The most that timing one unit takes: its weights and its backward (gradients included) beside what goes in, what
+    came out and a gradient of that. The last one also runs with the model's own loss: on whole logits, with three
+    copies of them in float32."""
+    weights = sum(p.numel() * dtype.itemsize for m in modules[:1] for p in m.parameters())
+    if not cost.kept:
+        return weights + cost.workspace_backward + 3 * cost.boundary_bytes
+    logits = profile.logits_bytes
+    return 2 * weights + max(3 * logits, cost.workspace_backward + 3 * logits * 4 // dtype.itemsize)
 
 
 _Place = tuple[nn.Module, str]
@@ -278,8 +290,9 @@ def _materialize(
     """Give the module's meta parameters random values (ties kept); returns what was there."""
     before: dict[_Place, nn.Parameter] = {}
     made: dict[int, nn.Parameter] = {}
-
-    def walk(m: nn.Module) -> None:
+    below = [module]
+    while below:  # no function that calls itself: it would hold the weights until the next collection
+        m = below.pop()
         for name, p in m._parameters.items():
             if p is not None and p.is_meta:
                 before[m, name] = p
@@ -291,11 +304,7 @@ def _materialize(
                     if p.requires_grad:
                         made[id(p)].register_post_accumulate_grad_hook(_free)
                 m._parameters[name] = made[id(p)]
-        for child in m.children():
-            if apart_from is None or id(child) not in apart_from:
-                walk(child)
-
-    walk(module)
+        below += [child for child in m.children() if apart_from is None or id(child) not in apart_from]
     return before
 
 

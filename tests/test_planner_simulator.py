@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from itertools import pairwise
 
@@ -18,7 +20,7 @@ from offload.planner.plan import LANES
 from offload.planner.prediction import predict
 from offload.planner.profile import profile_model
 from offload.planner.simulator import Program, run, waits
-from offload.planner.timed import timed
+from offload.planner.timed import _give_back, _materialize, timed
 from test_planner_plan import GIB, MACHINE, stack, workloads
 
 from offload.units import find_units
@@ -183,6 +185,32 @@ def test_advice_is_planned_and_sorted() -> None:
     drives = replace(MACHINE, nvme_read=2 * MACHINE.nvme_read, nvme_write=2 * MACHINE.nvme_write)
     before, after = (make_plan(w, budgets, hw, "greedy").tokens_per_second for hw in (MACHINE, drives))
     assert ssd.speedup == pytest.approx(after / before)
+
+
+def test_units_are_not_timed_beyond_the_runs_budget(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = zoo.make("llama")
+    units = [(u.name, u.kind, u.modules) for u in find_units(model)]
+    profile = profile_model(model, units, micro_batch=2, sequence_length=16, dtype=torch.float32)
+    found = timed(
+        profile, model, units, replace(MACHINE, cpu_bytes=GIB), micro_batch=2, sequence_length=16,
+        dtype=torch.float32, device="cpu", budget=1024,
+    )  # fmt: skip
+    assert found.costs == profile.costs and "too large to be timed" in found.notes[-1]
+
+
+def test_weights_for_timing_go_at_once() -> None:
+    """Not with the next collection: the next unit's weights come beside them."""
+    layer = torch.nn.Sequential(torch.nn.Linear(8, 8, device="meta"))
+    gc.disable()
+    try:
+        before = _materialize(layer, torch.float32, "cpu")
+        made = weakref.ref(layer[0].weight)
+        assert made() is not None and not layer[0].weight.is_meta
+        _give_back(before)
+        assert made() is None and layer[0].weight.is_meta
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "t5"])
