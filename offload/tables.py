@@ -28,17 +28,29 @@ def size(nbytes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: `1.23 s`, `12.3 ms`, `815 us`."""
+    """Seconds for people: `1 h 12 min`, `12 min 5 s`, `1.23 s`, `12.3 ms`, `815 us`."""
+    if seconds >= 3600:
+        minutes = round(seconds / 60)
+        return f"{minutes // 60:,} h {minutes % 60} min"
+    if seconds >= 600:
+        return f"{round(seconds) // 60} min {round(seconds) % 60} s"
+    if seconds >= 100:
+        return f"{seconds:.0f} s"
     if seconds >= 1 or seconds == 0:
         return f"{seconds:.3g} s"
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
+
+
+def rate(tokens_per_second: float) -> str:
+    """Tokens per second for people: `1,234`, `43`, `0.388`."""
+    return f"{tokens_per_second:,.0f}" if tokens_per_second >= 10 else f"{tokens_per_second:.3g}"
 
 
 def plan_tables(plan: Mapping[str, Any]) -> RenderableType:
     """A plan (as `plan.json`): memory per tier, time per lane, placement of units."""
     parts: list[RenderableType] = [_tiers(plan), _lanes(plan), _units(plan)]
     facts = [
-        f"step {duration(plan['step_seconds'])}, {plan['tokens_per_second']:,.0f} tokens/s, {limit(plan)}",
+        f"step {duration(plan['step_seconds'])}, {rate(plan['tokens_per_second'])} tokens/s, {limit(plan)}",
         f"durable commit every {plan['commit_every']} step(s)" if "commit_every" in plan else "",
         f"planned by {plan['solver']['name']} ({plan['solver']['status']}) in {duration(plan['solver']['seconds'])}"
         + (f" for {plan['hardware']}" if plan.get("hardware") else ""),
@@ -126,7 +138,7 @@ def _units(plan: Mapping[str, Any]) -> Table:
             label,
             f"{sum(unit['parameters'] for unit in group):,}",
             placement(group[0]["placement"]),
-            activations(group[0]["activations"]),
+            activations(group[0]["activations"]) + boundary(group[0]["placement"]),
         )
     return table
 
@@ -158,6 +170,12 @@ def activations(fractions: Mapping[str, float]) -> str:
     """`recompute`, or `swap_cpu 40%, recompute 60%`."""
     parts = [(name, share) for name, share in fractions.items() if share > 0]
     return ", ".join(name if share == 1 else f"{name} {share:.0%}" for name, share in parts) or "-"
+
+
+def boundary(tiers: Mapping[str, str]) -> str:
+    """`; outputs nvme` where a unit's outputs wait for backward off the device."""
+    tier = tiers.get("activation", "gpu")
+    return "" if tier == "gpu" else f"; outputs {tier}"
 
 
 def wear(drive: Mapping[str, Any]) -> str:

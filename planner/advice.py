@@ -40,6 +40,12 @@ def _fits(d: Decision) -> bool:
     return all(room >= 0 for room in d.problem.room(d.choice).values())
 
 
+def _gib(nbytes: int) -> str:
+    """As a config takes it: `96`, `4000`, `1.5`."""
+    gib = nbytes / GIB
+    return f"{gib:.0f}" if gib >= 10 else f"{gib:.3g}"
+
+
 def _cases(w: Workload, budgets: Budgets, hw: Hardware) -> Iterator[Case]:
     drives = max(1, len(budgets.nvme))
     share = (drives + 1) / drives
@@ -48,7 +54,7 @@ def _cases(w: Workload, budgets: Budgets, hw: Hardware) -> Iterator[Case]:
     for factor in (2, 4):
         ram = factor * budgets.cpu
         gpu = factor * budgets.gpu if w.device == "cpu" else budgets.gpu
-        yield "ram", f"memory.cpu of {ram / GIB:.3g}GiB", w, replace(budgets, cpu=ram, gpu=gpu), hw
+        yield "ram", f"memory.cpu of {_gib(ram)}GiB", w, replace(budgets, cpu=ram, gpu=gpu), hw
     for factor in (2, 4):
         rows = factor * w.micro_batches * w.micro_batch
         larger = replace(w, micro_batches=factor * w.micro_batches)

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import yaml
+from offload.planner import Budgets, UnitProfile, Workload, load_hardware
+from offload.planner.advice import _cases
 
-from offload import report
+from offload import report, tables
 from offload.config import Config
 from offload.rundir import RunDirectory
 
@@ -94,6 +96,21 @@ def test_report_and_export_need_a_run(tmp_path: Path) -> None:
     done = offload("report", ".", cwd=tmp_path)
     assert done.returncode == 2 and "is not a run directory" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_for_people() -> None:
+    spoken = {2640: "44 min 0 s", 5999: "1 h 40 min", 599.7: "600 s", 190: "190 s", 40.8: "40.8 s", 0.0031: "3.1 ms"}
+    assert {seconds: tables.duration(seconds) for seconds in spoken} == spoken
+    assert [tables.rate(r) for r in (1234.5, 43.1, 5.83, 0.388)] == ["1,234", "43", "5.83", "0.388"]
+    assert tables.boundary({"activation": "nvme"}) == "; outputs nvme" and not tables.boundary({"activation": "gpu"})
+
+
+def test_advice_names_bytes_as_a_config_takes_them() -> None:
+    w = Workload((UnitProfile("a", "block", 64, 64, 0),), 1, 1, 512)
+    machine = load_hardware("rtx4090")
+    for cpu, words in ((1000 << 30, ("2000GiB", "4000GiB")), (768 << 20, ("1.5GiB", "3GiB"))):
+        named = [change for kind, change, *_ in _cases(w, Budgets(1 << 30, cpu), machine) if kind == "ram"]
+        assert named == [f"memory.cpu of {text}" for text in words]
 
 
 def test_init_writes_a_config_that_loads(tmp_path: Path) -> None:
