@@ -64,6 +64,7 @@ def test_an_unknown_preset_names_the_nearest() -> None:
         ({"nvme_raed": 1e9}, "unknown key 'nvme_raed'; did you mean 'nvme_read'"),
         ({"cpu_bytes": None}, "cpu_bytes is None"),
         ({"nvme_read": float("inf")}, "nvme_read is inf"),
+        ({"nvme_read": 10**400}, "nvme_read is 1000"),
         ({"name": 4090}, "name is 4090"),
         ({"source": ["a white paper"]}, "source is"),
         ({"link_duplex": 3}, "link_duplex is 3"),
