@@ -59,5 +59,7 @@ def plan(config: Source, hardware: str | Path | None = None) -> Plan:
         except ValueError as error:
             raise ConfigError(f"--hardware {hardware}: {error}") from None
     made = prepare(cfg, hardware=machine)
+    if not made.plan.fits:
+        return made.plan
     # a dozen plans: each with the MIP's time limit would be minutes
     return replace(made.plan, advice=advise(made.workload, made.budgets, made.hardware, "greedy"))
