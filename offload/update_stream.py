@@ -266,8 +266,8 @@ class UpdateStream:
 
     def _update(self, job: Job) -> None:
         job.before.result()
-        if job.previous is not None:
-            job.previous.ready.result(self._timeout)
+        if job.previous is not None:  # its weights may be ready long before its moments are in the store
+            job.previous.durable.result(self._timeout)
         if job.retried is not None:
             job.retried.written.result(self._timeout)
         with self._lock:
@@ -351,7 +351,7 @@ class UpdateStream:
         for index in coming:
             state = self._states.units[index]
             before = queued[index].previous if index in queued else self._latest.get(index)
-            if before is not None and not (before.ready.done() and before.ready.exception() is None):
+            if before is not None and not (before.durable.done() and before.durable.exception() is None):
                 return  # its last update is not in the store yet
             for first in range(0, state.unit.layout.trainable_elements, CHUNK_ELEMENTS):
                 yield state, first, self._coming_roles[index]

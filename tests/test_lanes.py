@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import forcing
 import pytest
 import reference
 import torch
@@ -72,3 +73,26 @@ def test_a_slow_drive(clips: bool, faults: str, fast_path: Path, monkeypatch: py
     memory = json.loads((fast_path / "run" / "memory.json").read_text())
     mean = sum(waited["weights"] for waited in stalls[1:]) / (STEPS - 1)
     assert memory["stall_seconds"]["weights"] == pytest.approx(mean, rel=0.01)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("commit_every", [1, 2])
+@pytest.mark.parametrize("clips", [True, False])
+def test_moments_on_a_slow_drive_behind_weights_in_ram(
+    clips: bool, commit_every: int, fast_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """New weights in RAM are ready while the moments are still being written: these are not to be read before that.
+    One unit is trained, so that its state is wanted again with chunk buffers to spare."""
+    model = zoo.make("llama", num_hidden_layers=2)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("layers.1." in name)
+    batches = zoo.batches("llama", STEPS, TOTAL)
+    limit = reference.NORM if clips else None
+    want = reference.train(model, batches, TOTAL, max_grad_norm=limit, dtype=torch.bfloat16)
+    monkeypatch.setenv("OFFLOAD_FAULTS", "write:delay=0.1")
+    changes = {"model.dtype": "bfloat16", "train.max_grad_norm": limit, "train.commit_every": commit_every}
+    homes = {"param": "cpu", "master": "nvme", "exp_avg": "nvme", "exp_avg_sq": "nvme"}
+    with forcing.engine(fast_path / "run", model, TOTAL, TOTAL, changes, homes=homes) as engine:
+        assert [engine.step(batch).loss for batch in batches] == want.losses
+        got = reference.weights(engine)
+    assert all(torch.equal(got[name], want.weights[name]) for name in want.weights)
