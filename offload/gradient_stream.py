@@ -55,8 +55,9 @@ class _Open:
 
 
 def _accumulate(target: Tensor, gradient: Tensor) -> None:
-    """target += gradient. float32 += bfloat16 widens its operand whole, so it is done a part at a time."""
-    if target.dtype == gradient.dtype or not gradient.is_contiguous():
+    """target += gradient. On a CPU float32 += bfloat16 widens its operand whole, so it is done a part at a time; CUDA
+    widens value by value, and would spend its time on launches."""
+    if target.dtype == gradient.dtype or target.is_cuda or not gradient.is_contiguous():
         target.add_(gradient)
         return
     for part, addend in zip(target.view(-1).split(_PART), gradient.view(-1).split(_PART), strict=True):

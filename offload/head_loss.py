@@ -148,9 +148,9 @@ class Logits(Tensor):
 
 def _noted(func: Any, name: str, args: Any, kwargs: Any) -> Tensor | None:
     """The logits after an operation that can be done by rows later; None if this is no such operation."""
-    x, *rest = args
-    if not isinstance(x, Logits):
+    if not args or not isinstance(args[0], Logits):
         return None
+    x, *rest = args
     if name in _SHAPES:
         with torch._C.DisableTorchFunctionSubclass():
             like = torch.empty(1, device="meta").expand(x.shape)
