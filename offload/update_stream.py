@@ -341,20 +341,19 @@ class UpdateStream:
             chunk.read(roles)
 
     def _to_come(self, job: Job | None, start: int) -> Iterator[tuple[UnitState, int, list[str]]]:
-        if job is not None:
-            roles = self._coming_roles.get(job.unit.index, [])
-            for first in range(start, job.unit.layout.trainable_elements, CHUNK_ELEMENTS):
-                yield job.state, first, roles
-        with self._lock:
-            coming = list(self._coming)
+        with self._lock:  # another announcement may come while this one is followed
+            coming, roles = list(self._coming), self._coming_roles
             queued = {job.unit.index: job for job in (*self._waiting.values(), *self._started)}
+        if job is not None:
+            for first in range(start, job.unit.layout.trainable_elements, CHUNK_ELEMENTS):
+                yield job.state, first, roles.get(job.unit.index, [])
         for index in coming:
             state = self._states.units[index]
             before = queued[index].previous if index in queued else self._latest.get(index)
             if before is not None and not (before.durable.done() and before.durable.exception() is None):
                 return  # its last update is not in the store yet
             for first in range(0, state.unit.layout.trainable_elements, CHUNK_ELEMENTS):
-                yield state, first, self._coming_roles[index]
+                yield state, first, roles[index]
 
     def _drop_stale(self) -> None:
         """What was read for an earlier announcement and not used may not be what the store holds now."""

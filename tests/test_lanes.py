@@ -96,3 +96,16 @@ def test_moments_on_a_slow_drive_behind_weights_in_ram(
         assert [engine.step(batch).loss for batch in batches] == want.losses
         got = reference.weights(engine)
     assert all(torch.equal(got[name], want.weights[name]) for name in want.weights)
+
+
+def test_announcements_may_change_while_one_is_followed(fast_path: Path) -> None:
+    """The main thread announces the next updates while the lane goes through those of before."""
+    model = zoo.make("llama", num_hidden_layers=2)
+    with forcing.engine(fast_path / "run", model, TOTAL, TOTAL, homes={"exp_avg": "nvme"}) as engine:
+        updates, units = engine._method._updates, engine._units
+        updates.expect(units, ["exp_avg"])
+        followed = updates._to_come(None, 0)
+        found = [next(followed)]
+        updates.expect([], ["grad"])
+        found += followed
+        assert [(state.unit.name, roles) for state, _, roles in found] == [(u.name, ["exp_avg"]) for u in units]
