@@ -9,7 +9,8 @@ negative. 12 bytes per parameter hold what 14 hold elsewhere, and no value is lo
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
@@ -73,17 +74,13 @@ def fused_step(
 
 
 def merge_master(weight: Tensor, low: Tensor, exp_avg_sq: Tensor, out: Tensor, scratch: Tensor) -> None:
-    """Rebuild the float32 master into `out` and clear the tie marks in `exp_avg_sq`. Allocates nothing.
+    """Rebuild the float32 master into `out` and clear the tie marks in `exp_avg_sq`.
 
     Args:
         weight: bfloat16 [n]. low: int16 [n]. exp_avg_sq: float32 [n], changed in place. out: float32 [n], written.
         scratch: int32 [n], overwritten.
     """
-    bits = out.copy_(weight).view(torch.int32)
-    bits.add_(scratch.copy_(low))
-    torch.bitwise_right_shift(exp_avg_sq.view(torch.int32), 31, out=scratch)  # -1 where marked, else 0
-    bits.sub_(scratch, alpha=65536)
-    exp_avg_sq.abs_()
+    _merge(weight, low, exp_avg_sq, exp_avg_sq.view(torch.int32), out, out.view(torch.int32), scratch)
 
 
 def split_master(master: Tensor, weight: Tensor, low: Tensor, exp_avg_sq: Tensor, scratch: Tensor) -> None:
@@ -95,12 +92,112 @@ def split_master(master: Tensor, weight: Tensor, low: Tensor, exp_avg_sq: Tensor
         master: float32 [n]. weight: bfloat16 [n], written. low: int16 [n], written.
         exp_avg_sq: float32 [n], non-negative or NaN, its sign bit written. scratch: int32 [n], overwritten.
     """
+    _split(
+        master, master.view(torch.int32), weight, low, exp_avg_sq, exp_avg_sq.view(torch.int32), scratch,
+        scratch.view(torch.float32),
+    )  # fmt: skip
+
+
+def _compiled(function: Callable[..., None]) -> Callable[..., None]:
+    """The function as TorchScript: its operations follow each other without the interpreter and its lock, so that
+    windows can be small and threads do not wait for one another. As it is, and slower, where torch has no such thing.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            made: Callable[..., None] = torch.jit.script(function)
+    except (AttributeError, OSError, RuntimeError):  # no TorchScript any more, no source to read, not this operator
+        return function
+    return made
+
+
+# TorchScript knows views of another dtype only as arguments: `marks`, `bits` and `wide` are such views.
+
+
+@_compiled
+def _merge(
+    weight: Tensor, low: Tensor, exp_avg_sq: Tensor, marks: Tensor, master: Tensor, bits: Tensor, scratch: Tensor
+) -> None:
+    master.copy_(weight)
+    bits.add_(scratch.copy_(low))
+    if int(low.min()) == -32768:  # only these can be marked: in one window of three there is none
+        torch.bitwise_right_shift(marks, 31, out=scratch)  # -1 where marked, else 0
+        bits.sub_(scratch, alpha=65536)
+        exp_avg_sq.abs_()
+
+
+@_compiled
+def _split(
+    master: Tensor,
+    bits: Tensor,
+    weight: Tensor,
+    low: Tensor,
+    exp_avg_sq: Tensor,
+    marks: Tensor,
+    scratch: Tensor,
+    wide: Tensor,
+) -> None:
     exp_avg_sq.abs_()  # a NaN comes with any sign, and as a mark it would carry a NaN weight over into zero
     weight.copy_(master)
-    scratch.view(torch.float32).copy_(weight)
-    torch.sub(master.view(torch.int32), scratch, out=scratch)
-    low.copy_(scratch)
-    exp_avg_sq.view(torch.int32).bitwise_or_(scratch.eq_(32768).bitwise_left_shift_(31))
+    low.copy_(bits)  # what is above its 16 bits is the weight, give or take a carry
+    if int(low.min()) == -32768:
+        wide.copy_(weight)
+        torch.sub(bits, scratch, out=scratch)
+        marks.bitwise_or_(scratch.eq_(32768).bitwise_left_shift_(31))
+
+
+@_compiled
+def _update(
+    param: Tensor,
+    low: Tensor | None,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    marks: Tensor,
+    coefficient: Tensor | None,
+    master: Tensor,
+    bits: Tensor,
+    scratch: Tensor,
+    wide: Tensor,
+    gradient: Tensor,
+    step: Tensor,
+    lists: list[list[Tensor]],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """AdamW over one piece of a parameter, as many elements at a time as the scratch tensors have.
+
+    `lists` are four empty ones: of an operator that writes to the tensors of lists TorchScript sees only that it writes
+    to the lists, and leaves it out unless those are the caller's.
+    """
+    wholes, grads, exp_avgs, exp_avg_sqs = lists[0], lists[1], lists[2], lists[3]
+    window = master.size(0)
+    for at in range(0, param.size(0), window):
+        n = min(window, param.size(0) - at)
+        p, g, m = param.narrow(0, at, n), grad.narrow(0, at, n), exp_avg.narrow(0, at, n)
+        v, mark = exp_avg_sq.narrow(0, at, n), marks.narrow(0, at, n)
+        whole, low_part = p, p
+        if g.dtype != torch.float32:
+            g = gradient.narrow(0, 0, n).copy_(g)
+        if coefficient is not None:
+            g = torch.mul(g, coefficient, out=gradient.narrow(0, 0, n))
+        if low is not None:
+            whole, low_part = master.narrow(0, 0, n), low.narrow(0, at, n)
+            _merge(p, low_part, v, mark, whole, bits.narrow(0, 0, n), scratch.narrow(0, 0, n))
+        for values, value in ((wholes, whole), (grads, g), (exp_avgs, m), (exp_avg_sqs, v)):
+            values.clear()
+            values.append(value)
+        torch._fused_adamw_(
+            wholes, grads, exp_avgs, exp_avg_sqs, [], [step], lr=lr, beta1=beta1, beta2=beta2,
+            weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
+        )  # fmt: skip
+        if low is not None:
+            _split(
+                whole, bits.narrow(0, 0, n), p, low_part, v, mark, scratch.narrow(0, 0, n), wide.narrow(0, 0, n)
+            )
 
 
 @dataclass(frozen=True)
@@ -131,39 +228,27 @@ class Chunk:
 class Stock:
     """AdamW over parts of a chunk in torch's own operations, in cache-sized scratch (768 KiB, kept)."""
 
-    window = CACHE_ELEMENTS
-
     def __init__(self) -> None:
         self._master, self._gradient = torch.empty(2, CACHE_ELEMENTS, dtype=torch.float32)
         self._bits = torch.empty(CACHE_ELEMENTS, dtype=torch.int32)
 
     def part(self, chunk: Chunk, pieces: Sequence[Piece], hyper: Hyper) -> None:
-        """One AdamW step in place over pieces that lie within `window` elements of each other.
-
-        Float32 parameters and gradients without clipping need no scratch, and then there is no such limit.
-        """
-        start, stop = pieces[0][0], pieces[-1][1]
-        n = stop - start
-        grad, exp_avg, exp_avg_sq = (t[start:stop] for t in (chunk.grad, chunk.exp_avg, chunk.exp_avg_sq))
-        if grad.dtype != torch.float32:
-            grad = self._gradient[:n].copy_(grad)
-        if hyper.coefficient is not None:
-            grad = torch.mul(grad, hyper.coefficient, out=self._gradient[:n])
-        master, bits = chunk.param[start:stop], self._bits[:n]
-        if chunk.low is not None:
-            master = self._master[:n]
-            merge_master(chunk.param[start:stop], chunk.low[start:stop], exp_avg_sq, master, bits)
-        spans = [slice(a - start, b - start) for a, b, _ in pieces]
-        fused_step(
-            [master[span] for span in spans],
-            [grad[span] for span in spans],
-            [exp_avg[span] for span in spans],
-            [exp_avg_sq[span] for span in spans],
-            [step for _, _, step in pieces],
-            hyper,
-        )
-        if chunk.low is not None:
-            split_master(master, chunk.param[start:stop], chunk.low[start:stop], exp_avg_sq, bits)
+        """One AdamW step in place over some pieces of a chunk."""
+        if chunk.low is None and chunk.grad.dtype == torch.float32 and hyper.coefficient is None:
+            spans = [slice(start, stop) for start, stop, _ in pieces]
+            arrays = (chunk.param, chunk.grad, chunk.exp_avg, chunk.exp_avg_sq)
+            params, grads, exp_avgs, exp_avg_sqs = ([t[span] for span in spans] for t in arrays)
+            fused_step(params, grads, exp_avgs, exp_avg_sqs, [step for _, _, step in pieces], hyper)
+            return
+        for start, stop, step in pieces:
+            exp_avg_sq = chunk.exp_avg_sq[start:stop]
+            _update(
+                chunk.param[start:stop], None if chunk.low is None else chunk.low[start:stop], chunk.grad[start:stop],
+                chunk.exp_avg[start:stop], exp_avg_sq, exp_avg_sq.view(torch.int32), hyper.coefficient, self._master,
+                self._master.view(torch.int32), self._bits, self._bits.view(torch.float32), self._gradient,
+                torch.tensor(float(step)), [[], [], [], []], hyper.lr, hyper.beta1, hyper.beta2, hyper.eps,
+                hyper.weight_decay,
+            )  # fmt: skip
 
 
 class Kernel:
@@ -220,24 +305,15 @@ class Kernel:
         chunk = Chunk(param, low, grad, exp_avg, exp_avg_sq)
         jit = self._jit
         run = jit.part if jit is not None and jit.takes(chunk, hyper) else self._stock_part
-        direct = low is None and hyper.coefficient is None and grad.dtype == torch.float32
-        small = run == self._stock_part and not direct  # many small operations, in cache-sized windows
-        window = Stock.window if small else max(param.numel(), 1)
-
-        def share(pieces: Sequence[Piece]) -> None:
-            for part in _parts(pieces, window):
-                run(chunk, part, hyper)
-
-        # Threads would gain small operations nothing: they would wait for the interpreter's lock, and one another.
-        if self._pool is None or not pieces or small:
-            share(pieces)
+        if self._pool is None or not pieces:
+            run(chunk, pieces, hyper)
             return
         # One share per thread, the first one here: handing over costs as much as 50,000 elements.
         each = max(-(-param.numel() // (64 * self._threads)) * 64, _SHARE_ELEMENTS)
         mine, *others = _parts(pieces, each)
-        running = [self._pool.submit(share, other) for other in others]
+        running = [self._pool.submit(run, chunk, other, hyper) for other in others]
         try:
-            share(mine)
+            run(chunk, mine, hyper)
         finally:
             wait(running)  # they write to the caller's memory
         for other in running:

@@ -109,7 +109,8 @@ def test_what_cannot_be_done_by_rows(caplog: pytest.LogCaptureFixture) -> None:
     strict, lenient = HeadLoss(2, slot, strict=True), HeadLoss(2, slot)
     uses: list[Callable[[Tensor], Any]] = [
         lambda x: x[:, -1], lambda x: x.argmax(-1), lambda x: x.softmax(-1), lambda x: x.transpose(1, 2),
-        lambda x: x + torch.ones(VOCABULARY), lambda x: torch.clamp(input=x, max=1.0), lambda x: x.view(-1), lambda x: x * head.weight[0, 0],
+        lambda x: x + torch.ones(VOCABULARY), lambda x: torch.clamp(input=x, max=1.0),
+        lambda x: x.view(-1), lambda x: x * head.weight[0, 0],
         lambda x: F.cross_entropy(x.flatten(0, 1), torch.full((10, VOCABULARY), 0.1)),
         lambda x: F.cross_entropy(x.flatten(0, 1), torch.ones(10).long(), weight=torch.ones(VOCABULARY)),
     ]  # fmt: skip
