@@ -69,6 +69,7 @@ class FullStep:
         self._units = prepared.units
         self._device = prepared.device
         self._heap = held.device.heap
+        self._framework = {unit.name: unit.framework for unit in self._plan.units}
         self._ledger = held.ledger
         self._trace = held.trace
         self._clips = cfg.max_grad_norm is not None
@@ -241,7 +242,8 @@ class FullStep:
     def _enter(self, unit: Unit, backward: bool) -> None:
         """A micro-batch passes `unit` next."""
         held = self._ledger.snapshot().get("gpu", {}).get("activations", {"bytes": 0})["bytes"]
-        self._heap.enter(f"{unit.kind} {backward}", held)
+        coming = self._framework[unit.name].get("backward" if backward else "forward")
+        self._heap.enter(f"{unit.kind} {backward}", held, coming)
 
     def _finish(self, run: MicroBatch, unit: Unit) -> Tensor:
         """A micro-batch has its loss: backward to the leaves and through the last unit, while its weights are bound."""

@@ -26,7 +26,6 @@ from offload.errors import ConfigError, OffloadError
 from offload.io import Extent, Ledger, Ring, Store, StorePath
 from offload.memory_record import MemoryRecord
 from offload.planner.measure import bandwidths
-from offload.planner.memory import HEAP_KEEPS, PROGRAM_BYTES
 from offload.prepare import Prepared
 from offload.run_place import IO_CHOICE
 from offload.rundir import RunDirectory
@@ -150,11 +149,9 @@ def _reserve(prepared: Prepared, store: Store) -> Resources:
     plan, ledger, trace = prepared.plan, Ledger(), Trace()
     with ExitStack() as stack, oom.explained(prepared, ledger, trace):
         device = open_device(prepared.device, prepared.config.memory.lock)  # before its peaks are recorded
-        # All that is planned but the workspace of the unit that runs next, the holes it leaves, and the program. CXL
-        # memory, emulated or not, is part of the process too.
-        framework = plan.categories["gpu"].get("framework", 0)
+        # CXL memory, emulated or not, is part of the process too.
         planned = plan.peak_bytes["cpu"] + plan.peak_bytes["cxl"]
-        device.heap.allow(planned - framework - PROGRAM_BYTES - HEAP_KEEPS)
+        device.heap.allow(planned, plan.categories["gpu"].get("framework", 0))
         record = stack.enter_context(MemoryRecord(ledger, trace, prepared.device))
         stack.callback(store.close)
         memory = stack.enter_context(ExitStack())  # host memory, freed once the device has let go of its pages

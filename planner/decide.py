@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from offload.planner.activations import candidates
 from offload.planner.choice import Choice, UnitChoice, nothing_in_ram
 from offload.planner.layout_arena import arena_layout
-from offload.planner.memory import lower_bound
+from offload.planner.memory import lower_bound, moments
 from offload.planner.placement import Problem, fillings, top_up
 from offload.planner.plan import Budgets, Hardware, Plan, UnitPlan, UnitProfile, Workload
 from offload.planner.prediction import Prediction, predict
@@ -203,7 +203,13 @@ def as_plan(d: Decision, seconds: float) -> Plan:
     buffers, categories = p.buffers(d.choice), p.categories(d.choice)
     peak = {tier: sum(sizes.values()) for tier, sizes in categories.items()}
     shortfall = {tier: peak[tier] - p.limit[tier] for tier in peak if peak[tier] > p.limit[tier]}
-    units = tuple(_unit_plan(u, c, w) for u, c in zip(w.units, d.choice.units, strict=True))
+    framework: dict[int, dict[str, int]] = {}
+    for moment in moments(w, d.choice):
+        framework.setdefault(moment.unit, {})["backward" if moment.backward else "forward"] = moment.framework
+    units = tuple(
+        replace(_unit_plan(u, c, w), framework=framework.get(i, {}))
+        for i, (u, c) in enumerate(zip(w.units, d.choice.units, strict=True))
+    )
     step = d.prediction.step_seconds
     return Plan(
         fits=not shortfall,

@@ -277,12 +277,15 @@ class UnitPlan:
     placement["grad"] is the tier where a step's gradient waits for its update: "cpu" or "cxl" (a home there) or "nvme"
     (spilled) when clipping, "gpu" (only ever in its slot) without clipping or without trainable parameters. A
     zeroth-order plan has the roles that are stored, and no gradient.
+
+    framework: bytes that the framework may take while the unit runs, {"forward", "backward"}.
     """
 
     name: str
     parameters: int
     placement: dict[str, str]
     activations: dict[str, float]
+    framework: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
