@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,6 +148,11 @@ class Engine:
             loss = self._method.evaluate(micro, self.completed_steps)
         self._trace.forget()
         return loss
+
+    def agreed(self, asked: Callable[[], bool]) -> Callable[[], bool]:
+        """`asked`, to be read between steps and evaluations: where several processes share them, all are told the same,
+        which is that one of them was asked in the latest one."""
+        return self._method.agreed(asked) if isinstance(self._method, ZerothOrderStep) else asked
 
     def _submit_commit(self) -> None:
         step = self.completed_steps

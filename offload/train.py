@@ -225,12 +225,13 @@ def _train(cfg: Config, steps: int, engine: Engine, dataset: Dataset, stop: Stop
     trackers = open_trackers(cfg, run, first)
     stop.announce = lambda: progress.note("stopping after this step; once more to drop it and stop now")
     stop.deferred = True
+    ends = engine.agreed(lambda: stop.requested)
     logged = -math.inf  # the first step is in the logs at once
     try:
         if first:
             progress.note(f"going on after step {first}")
         for index in range(first, steps):
-            if stop.requested:
+            if ends():
                 break
             result = engine.step(dataset.train.batch(index))
             row = run.last_row
@@ -239,7 +240,7 @@ def _train(cfg: Config, steps: int, engine: Engine, dataset: Dataset, stop: Stop
             for tracker in trackers:
                 tracker.log(train_values(row), result.step)
             if cfg.train.eval_every and result.step % cfg.train.eval_every == 0:
-                loss = evaluate(engine, dataset, stop)
+                loss = evaluate(engine, dataset, ends)
                 if loss is None:
                     break
                 run.append_eval({"step": result.step, "eval_loss": loss})
@@ -260,7 +261,7 @@ def _train(cfg: Config, steps: int, engine: Engine, dataset: Dataset, stop: Stop
         progress.close()
         for tracker in trackers:
             tracker.close()
-    if stop.requested and engine.completed_steps < steps:
+    if ends() and engine.completed_steps < steps:
         engine.close()
         report.build(run.path)
         console.print(f"stopped after step {engine.committed_step}, committed; go on with --resume", highlight=False)
@@ -276,12 +277,12 @@ def _train(cfg: Config, steps: int, engine: Engine, dataset: Dataset, stop: Stop
     return 0
 
 
-def evaluate(engine: Engine, dataset: Dataset, stop: Stop) -> float | None:
-    """Loss over the evaluation data, each counted token weighing the same; None when a stop was asked for meanwhile."""
+def evaluate(engine: Engine, dataset: Dataset, ends: Callable[[], bool]) -> float | None:
+    """Loss over the evaluation data, each counted token weighing the same; None when the run `ends` meanwhile."""
     assert dataset.eval is not None
     total, counted = 0.0, 0
     for batch in dataset.eval.eval_batches():
-        if stop.requested:
+        if ends():
             return None
         n = int((batch["labels"][:, 1:] != -100).sum())  # the first token of a row is no target
         total += engine.evaluate(batch) * n

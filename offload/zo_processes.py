@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,6 +50,8 @@ class Processes:
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
             self._joined = True
         self._device = "cuda" if self.count > 1 and dist.get_backend() == "nccl" else "cpu"
+        self._asked: Callable[[], bool] = lambda: False
+        self._ends = False
 
     def share(self, items: int) -> list[int]:
         """The items of a walk that this process runs: consecutive ones, as even as can be."""
@@ -56,13 +59,24 @@ class Processes:
         return list(range(first, stop))
 
     def exchange(self, values: list[float], mine: list[int]) -> list[float]:
-        """All processes' values, each from the one that has it."""
+        """All processes' values, each from the one that has it; and whether one of them was asked to stop."""
         if self.count == 1:
             return values
-        own = torch.zeros(len(values), dtype=torch.float64, device=self._device)
+        own = torch.zeros(len(values) + 1, dtype=torch.float64, device=self._device)
         own[mine] = torch.tensor([values[i] for i in mine], dtype=torch.float64, device=self._device)
+        own[-1] = float(self._asked())
         dist.all_reduce(own)  # one of the summands is the value, the others are zero: exact
-        return [float(value) for value in own.tolist()]
+        *found, asked = own.tolist()
+        self._ends = asked > 0
+        return [float(value) for value in found]
+
+    def agreed(self, asked: Callable[[], bool]) -> Callable[[], bool]:
+        """`asked`, of whichever process, as all of them knew it at their last exchange: one that left by itself would
+        leave the others waiting for its losses."""
+        if self.count == 1:
+            return asked
+        self._asked = asked
+        return lambda: self._ends
 
     def gather(self, value: Any) -> list[Any]:
         """What every process gives, in the order of their ranks; plain data."""

@@ -154,6 +154,10 @@ class ZerothOrderStep:
                     self._advance(unit, slot)
         self._home.flush()
 
+    def agreed(self, asked: Callable[[], bool]) -> Callable[[], bool]:
+        """Whether any process was asked to stop, the same in all of them between two steps."""
+        return self._processes.agreed(asked)
+
     def abandon(self) -> None:
         """After an error: unwind the model's forward passes that will not go on."""
         for run in self._runs:

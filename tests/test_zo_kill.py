@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from killing import Run, Scenario, after_step, at, check_survivor, kill
-from warm import Warm
+from killing import HANGS, Run, Scenario, after_step, at, check_survivor, kill, last_row
+from warm import Warm, WarmProcess
 
 import offload
 from offload.errors import ConfigError, OffloadError
+from offload.train import INTERRUPTED
 from offload.zo_log import encode
 from offload.zo_processes import Processes, check_settings, common_log
 from offload.zo_variants import Update
@@ -45,19 +48,29 @@ def test_a_killed_run_ends_like_an_unbroken_one(scenario: Scenario, fast_path: P
     assert [row["step"] for row in killed.rows()] == list(range(1, scenario.steps + 1))
 
 
-def in_two_processes(run: Run, path: Path, warm: Warm, *arguments: str) -> None:
-    """`offload train` of a run as `torchrun --nproc-per-node 2` starts it, to its end."""
+def start_two(run: Run, path: Path, warm: Warm, *arguments: str) -> list[WarmProcess]:
+    """`offload train` of a run as `torchrun --nproc-per-node 2` starts it; they print to rank0.log and rank1.log."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     common = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    logs = [path / f"rank{rank}.log" for rank in range(2)]
-    processes = []
-    for rank, log in enumerate(logs):
-        environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        processes.append(warm.start(["train", str(run.file), "--yes", *arguments], environment, path, log))
-    codes = [process.wait(100) for process in processes]
-    assert codes == [0, 0], [log.read_text() for log in logs]
+    return [
+        warm.start(
+            ["train", str(run.file), "--yes", *arguments],
+            {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, path, path / f"rank{rank}.log",
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+
+
+def ended_two(processes: list[WarmProcess], path: Path, code: int = 0) -> None:
+    codes = [process.wait(HANGS) for process in processes]
+    assert codes == [code, code], [(path / f"rank{rank}.log").read_text() for rank in range(2)]
+
+
+def in_two_processes(run: Run, path: Path, warm: Warm, *arguments: str) -> None:
+    """`offload train` of a run in two processes, to its end."""
+    ended_two(start_two(run, path, warm, *arguments), path)
 
 
 def second_of(run: Run) -> Run:
@@ -91,6 +104,23 @@ def test_a_run_goes_on_in_more_processes_or_fewer(fast_path: Path, warm: Warm) -
     in_two_processes(changing, fast_path, warm, "--resume")
     assert comparable(changing) == comparable(unbroken)
     assert changing.state() == second_of(changing).state()
+
+
+def test_processes_stop_together(fast_path: Path, warm: Warm) -> None:
+    """A signal to one of them ends both after the same step, in training and in evaluation; they go on together."""
+    scenario = Scenario("processes", {**ZO, "global_batch_size": 2, "eval_every": 1}, False, steps=2000)
+    run = Run.make(scenario, fast_path / "run")
+    run.config["data"]["eval_fraction"] = 0.1
+    run = Run.of(run.config)
+    for rank, steps, arguments in ((1, 3, ()), (0, 6, ("--resume",))):
+        processes = start_two(run, fast_path, warm, *arguments)
+        end = time.monotonic() + HANGS
+        while last_row(run) < steps and time.monotonic() < end:
+            time.sleep(0.002)
+        processes[rank].send_signal(signal.SIGINT)
+        ended_two(processes, fast_path, INTERRUPTED)
+        assert steps <= last_row(run) < scenario.steps
+        assert run.committed() == second_of(run).committed() == last_row(run) == last_row(second_of(run))
 
 
 class Three(Processes):
