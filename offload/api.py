@@ -46,9 +46,8 @@ def plan(config: Source, hardware: str | Path | None = None) -> Plan:
     `hardware`: a preset ("rtx4090") or a file instead of this machine; budgets in the config override its capacities.
     Writes nothing. Raises ConfigError.
     """
-    from dataclasses import replace
-
-    from offload.planner import advise, load_hardware
+    from offload.advice import advised
+    from offload.planner import load_hardware
     from offload.prepare import prepare
 
     cfg = Config.load(config)
@@ -59,7 +58,4 @@ def plan(config: Source, hardware: str | Path | None = None) -> Plan:
         except ValueError as error:
             raise ConfigError(f"--hardware {hardware}: {error}") from None
     made = prepare(cfg, hardware=machine)
-    if not made.plan.fits:
-        return made.plan
-    # a dozen plans: each with the MIP's time limit would be minutes
-    return replace(made.plan, advice=advise(made.workload, made.budgets, made.hardware, "greedy"))
+    return advised(made).plan if made.plan.fits else made.plan

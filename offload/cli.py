@@ -105,13 +105,13 @@ def report(
         Path | None, typer.Option("--compare", metavar="RUN_DIR", help="Put another run beside it: compare.html.")
     ] = None,
 ) -> None:
-    """Rebuild report.html from what the run logged, and print the summary."""
+    """Rebuild report.html from what the run logged, with what would make it faster, and print the summary."""
     from offload import report as reporting
     from offload import tables
 
     console = tables.open_console()
     if other is None:
-        data = reporting.build(run_dir)
+        data = reporting.build(run_dir, advise=True)
         page = data.path / "report.html"
         console.print(tables.run_table(reporting.summary(data)))
     else:

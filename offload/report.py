@@ -27,10 +27,19 @@ from offload.run_data import (
 )
 
 
-def build(path: str | Path) -> RunData:
-    """Write report.html of the run at `path`, replacing an older one; returns what it was made from."""
+def build(path: str | Path, advise: bool = False) -> RunData:
+    """Write report.html of the run at `path`, replacing an older one; returns what it was made from.
+
+    `advise`: what would make the run faster is planned now if the run's plan does not say it.
+    """
     data = load(path)
-    rundir.write_atomically(data.path / "report.html", render("report.html.j2", _context(data)))
+    unadvised = "" if data.plan.get("advised") else "offload report RUN_DIR does it"
+    if advise:
+        from offload.advice import with_advice  # as slow to import as a run
+
+        data, unadvised = with_advice(data)
+    context = {**_context(data), "unadvised": unadvised}
+    rundir.write_atomically(data.path / "report.html", render("report.html.j2", context))
     return data
 
 

@@ -9,7 +9,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,12 +16,12 @@ from typing import Any
 from rich.console import Console
 
 from offload import models, preflight, report, run_place, rundir, tables
+from offload.advice import advised, advised_if_long
 from offload.config import Config
 from offload.data import Dataset, open_dataset
 from offload.engine import Engine, Prepared, prepare
 from offload.errors import ConfigError, DoesNotFit, described
 from offload.io import Store, StorePath
-from offload.planner import advise
 from offload.progress import clock, open_progress
 from offload.resumable import check_resumable
 from offload.rundir import RunDirectory
@@ -30,7 +29,6 @@ from offload.trackers import open_trackers, train_values
 from offload.zo_processes import own_config, world
 
 INTERRUPTED = 130
-ADVISED_SECONDS = 60.0  # planned length of a run from which on its plan is compared with others
 MEMORY_JSON_SECONDS = 30.0  # how old memory.json and trace.json of a killed run can be
 
 
@@ -92,7 +90,7 @@ def run(
                 cfg = _with_steps(cfg, dataset)
             if last_step is not None and last_step > (cfg.train.steps or 0):
                 cfg = Config.load(cfg, [f"train.steps={last_step}"])
-            prepared = advised(prepare(cfg))
+            prepared = advised_if_long(prepare(cfg))
             cfg = prepared.config
             plan = prepared.plan.to_json()
             console.print(tables.plan_tables(plan))
@@ -104,7 +102,7 @@ def run(
                 console.print(f"data: {note}", highlight=False, markup=False)
             with _open_engine(cfg, prepared, path, going_on) as engine:
                 last = cfg.train.steps or 0 if last_step is None else last_step
-                return _train(cfg, last, engine, dataset, stop, console)
+                return _train(prepared, last, engine, dataset, stop, console)
         except Exception:
             if _committed(path):
                 with contextlib.suppress(Exception):  # the error under way matters more
@@ -118,17 +116,6 @@ def run(
         finally:
             if dataset:
                 dataset.close()
-
-
-def advised(prepared: Prepared) -> Prepared:
-    """The plan with what would make it faster, for the report; by the quick solver, which is within a few percent.
-
-    It takes about two seconds, so runs that are planned to be short go without.
-    """
-    if prepared.plan.step_seconds * (prepared.config.train.steps or 0) < ADVISED_SECONDS:
-        return prepared
-    advice = advise(prepared.workload, prepared.budgets, prepared.hardware, "greedy")
-    return replace(prepared, plan=replace(prepared.plan, advice=advice))
 
 
 def refuse_unfit(plan: dict[str, Any]) -> None:
@@ -218,8 +205,8 @@ def _with_steps(cfg: Config, dataset: Dataset) -> Config:
     return Config.load(cfg, ["train.epochs=null", f"train.steps={steps}"])
 
 
-def _train(cfg: Config, steps: int, engine: Engine, dataset: Dataset, stop: Stop, console: Console) -> int:
-    run = engine.run
+def _train(prepared: Prepared, steps: int, engine: Engine, dataset: Dataset, stop: Stop, console: Console) -> int:
+    cfg, run = prepared.config, engine.run
     began, first = time.perf_counter(), engine.completed_steps
     progress = open_progress(console, first, steps, engine.plan.budget_bytes, lambda: engine.doing)
     trackers = open_trackers(cfg, run, first)
@@ -272,6 +259,8 @@ def _train(cfg: Config, steps: int, engine: Engine, dataset: Dataset, stop: Stop
     if world()[1] == 0:
         _save_model(engine, dataset.tokenizer)
     engine.close()
+    if not prepared.plan.advised:
+        run.write_plan(advised(prepared).plan.to_json())
     console.print(tables.run_table(report.summary(report.build(run.path))))
     console.print(f"took {clock(time.perf_counter() - began)}; model in {run.model_path}", highlight=False)
     return 0

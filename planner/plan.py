@@ -317,6 +317,7 @@ class Plan:
     hardware: str
     stall_seconds: dict[str, float] = field(default_factory=dict)  # of a step, compute waiting for each lane
     advice: tuple[Advice, ...] = ()  # what would make the step faster, the most helpful first
+    advised: bool = False  # whether it was looked for
     notes: tuple[str, ...] = ()
     shortfall_bytes: dict[str, int] = field(default_factory=dict)
     suggestions: tuple[str, ...] = ()

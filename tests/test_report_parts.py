@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import offload
 from offload import compare, report, run_data
@@ -57,6 +58,28 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4000, "lo')
     return run
+
+
+def test_what_to_change_is_planned_with_the_report(killed: Path, tmp_path: Path) -> None:
+    """Of a run without advice: planned now, within the run's own budgets, or told why not."""
+    run = shutil.copytree(killed, tmp_path / "run", ignore=shutil.ignore_patterns("lock"))
+    plan = json.loads((run / "plan.json").read_text())
+    assert plan["advised"]  # 5000 steps are worth it before they begin
+    (run / "plan.json").write_text(json.dumps({**plan, "advice": [], "advised": False}))
+    assert "No change was planned: offload report RUN_DIR does it." in text_of(run)
+    found = report.build(run, advise=True).plan
+    assert found["advised"] and found["budget_bytes"] == plan["budget_bytes"]
+    text = (run / "report.html").read_text()
+    assert "No change was planned" not in text
+    assert all(a["change"] in text for a in found["advice"]) and "a device twice as fast" in text
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "model": {"path": str(tmp_path / "gone")}}))
+    report.build(run, advise=True)
+    assert "No change was planned: the run cannot be planned again here: " in (run / "report.html").read_text()
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "model": None}))
+    report.build(run, advise=True)
+    assert "came from a program" in (run / "report.html").read_text()
+
 
 
 def test_a_killed_run_has_all_but_what_came_last(killed: Path) -> None:
