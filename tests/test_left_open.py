@@ -62,7 +62,7 @@ def test_a_program_that_does_not_close(tmp_path: Path) -> None:
         for end in ENDS
     }  # fmt: skip
     for end, step in ENDS.items():
-        _, errors = programs[end].communicate(timeout=100)
+        _, errors = programs[end].communicate(timeout=300)
         assert programs[end].returncode == 1, errors
         assert "Traceback (most recent call last)" in errors and "ValueError: of the program" in errors
         assert "terminate called" not in errors and "Exception ignored" not in errors
