@@ -94,10 +94,17 @@ def unfinished(data: RunData) -> str:
     if data.process:
         return f"is going on in process {data.process}"
     if data.memory.get("failure"):
-        return "failed, as told below; --resume goes on after the last committed step"
+        return f"failed, as told below; --resume goes on after {_last(data)}"
     if data.memory.get("closed"):
         return "was ended before; --resume goes on"
-    return "ended without a word (killed, or the machine went down); --resume goes on after the last committed step"
+    return f"ended without a word (killed, or the machine went down); --resume goes on after {_last(data)}"
+
+
+def _last(data: RunData) -> str:
+    """The step that a run goes on after; see zo_step."""
+    if data.config["train"]["method"] != "zo":
+        return "the last committed step"
+    return "the last step logged in zo.jsonl (a model that changes its own buffers: the last committed step)"
 
 
 def typical(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -81,12 +81,12 @@ def test_what_to_change_is_planned_with_the_report(killed: Path, tmp_path: Path)
     assert "came from a program" in (run / "report.html").read_text()
 
 
-
 def test_a_killed_run_has_all_but_what_came_last(killed: Path) -> None:
     text = text_of(killed)
     rows = list(read_jsonl(killed / "metrics.jsonl"))
     last = rows[-1]["step"]
     assert f"stopped at step {last} of 5000: it ended without a word (killed" in text and "--resume goes on" in text
+    assert "goes on after the last committed step" in text
     assert "RAM: this process" in text and "operations on each lane over one step" in text  # of the first step
     assert f"memory.json was last written after step 1, and the run got to step {last}." in text
     assert "What compute waited for" in text and "achieved while busy" in text
@@ -157,6 +157,7 @@ def test_runs_of_other_length_model_and_method_are_compared(killed: Path, fast_p
     assert "grad" not in report.build(fast_path / "zo").plan["units"][0]["placement"]
     (fast_path / "zo" / "trace.json").unlink()
     (fast_path / "zo" / "memory.json").unlink()
+    assert "goes on after the last step logged in zo.jsonl" in report.summary(run_data.load(fast_path / "zo"))["state"]
     page, figures, settings = compare.build(killed, fast_path / "zo")
     told = {line.name: line for line in figures}
     rows = [list(read_jsonl(path / "metrics.jsonl")) for path in (killed, fast_path / "zo")]
