@@ -311,12 +311,24 @@ def _ssd(data: RunData) -> dict[str, str]:
         facts[f"{word} per step"] = tables.size(per_step)
         if parameters:
             facts[f"{word} per parameter and step"] = f"{per_step / parameters:.1f} bytes"
-    rated = sum(entry["tbw"] or 0 for entry in data.info["store"]["paths"]) * 1e12
-    written = moved_bytes(data, "nvme_write")
-    if rated and written:
-        steps = rated / (written / len(data.rows))
-        facts["of the rated endurance"] = f"{written / rated:.3%} of {rated / 1e12:g} TB"
-        facts["the rating lasts"] = f"{steps:,.0f} such steps, {steps * step_seconds(data) / 86400:,.0f} days of them"
-    elif not rated:
+    return {**facts, **_endurance(data)}
+
+
+def _endurance(data: RunData) -> dict[str, str]:
+    """Of each rated drive, what the run has written to it since it was made, and how long the rating lasts at this
+    run's pace; paths without a rating are left out."""
+    drives = data.memory.get("drives", [])
+    rated = [drive for drive in drives if drive["tbw"]]
+    facts = {}
+    for drive in rated:
+        of = f", {drive['path']}" if len(drives) > 1 else ""
+        facts[f"of the rated endurance{of}"] = f"{drive['used_share']:.3%} of {drive['tbw']:g} TB"
+        share = drive["written"] / (sum(other["written"] for other in drives) or 1)
+        per_step = moved_bytes(data, "nvme_write") / len(data.rows) * share
+        if per_step:
+            steps = max(0.0, drive["tbw"] * 1e12 - drive["written"]) / per_step
+            days = steps * step_seconds(data) / 86400
+            facts[f"the rest of it lasts{of}"] = f"{steps:,.0f} such steps, {days:,.0f} days of them"
+    if not any(entry["tbw"] for entry in data.info["store"]["paths"]):
         facts["rated endurance"] = "not known: give memory.nvme[].tbw, the terabytes written of the drive's data sheet"
     return facts

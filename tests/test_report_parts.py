@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,23 @@ def test_a_killed_run_has_all_but_what_came_last(killed: Path) -> None:
     first = sum(e["args"]["bytes"] for e in moved if e["args"].get("step") == 1 and e["ph"] == "X" and e["tid"] == 3)
     assert first == rows[0]["io_bytes"]["nvme_read"] > 0
     assert next(link for link in links if link["name"] == "nvme_read")["moved"].endswith("iB")
+
+
+def test_endurance_is_of_each_rated_drive_since_the_run_was_made(killed: Path) -> None:
+    """Not of all that was written, and of earlier processes of the run too."""
+    data = run_data.load(killed)
+    (plain,) = data.memory["drives"]
+    assert plain["tbw"] is None and "not known" in report._endurance(data)["rated endurance"]
+    rated = {"path": "/a", "written": 3 * 10**9, "tbw": 0.03, "used_share": 0.1}
+    other = {"path": "/b", "written": 9 * 10**9, "tbw": None, "used_share": None}
+    (data.info["store"]["paths"][0])["tbw"] = 0.03
+    row = {**data.rows[0], "seconds": 8640.0, "io_bytes": {"nvme_read": 0, "nvme_write": 4 * 10**6}}
+    found = report._endurance(replace(data, rows=[row, row], memory={**data.memory, "drives": [rated, other]}))
+    # A quarter of the bytes are its own: 1 MB a step, 27 GB are left.
+    assert found == {
+        "of the rated endurance, /a": "10.000% of 0.03 TB",
+        "the rest of it lasts, /a": "27,000 such steps, 2,700 days of them",
+    }
 
 
 @pytest.mark.parametrize("gone", [["memory.json"], ["trace.json", "plan.json"], []])
