@@ -207,17 +207,24 @@ def joined(intervals: Sequence[tuple[float, float]], gap: float = 0.0) -> list[l
     return found
 
 
-def units(names: Sequence[str], rows: Mapping[str, Sequence[str]], colours: Mapping[str, str]) -> Picture:
-    """A map: one column a unit, one row a role (or what happens to activations), coloured by what was decided."""
+def units(
+    names: Sequence[str], rows: Mapping[str, Sequence[Mapping[str, float]]], colours: Mapping[str, str]
+) -> Picture:
+    """A map: one column a unit, one row a role (or what happens to activations), coloured by what was decided: each
+    decision takes its share of the row's height, in the order of `colours`."""
 
     def draw(axes: Axes) -> None:
         for y, decided in enumerate(rows.values()):
             begin = 0
             for x in range(1, len(decided) + 1):
                 if x == len(decided) or decided[x] != decided[begin]:
-                    axes.broken_barh([(begin, x - begin)], (y - 0.4, 0.8), color=colours[decided[begin]])
+                    top = y - 0.4
+                    for name in (n for n in colours if n in decided[begin]):
+                        height = 0.8 * decided[begin][name]
+                        axes.broken_barh([(begin, x - begin)], (top, height), color=colours[name])
+                        top += height
                     begin = x
-        used = [name for name in colours if any(name in decided for decided in rows.values())]
+        used = [name for name in colours if any(name in unit for decided in rows.values() for unit in decided)]
         for name in used:
             axes.plot([], [], "s", color=colours[name], label=name)
         axes.set_yticks(range(len(rows)), list(rows))

@@ -264,13 +264,15 @@ _DECIDED = {
 
 
 def _map(units: list[dict[str, Any]]) -> charts.Picture:
-    """Every unit with the places of its weights, optimizer state and gradient, and what its activations do mostly."""
-    rows = {
-        label: [unit["placement"].get(role, "-") for unit in units]
+    """Every unit with the places of its weights, optimizer state and gradient, what its activations do, by share."""
+    rows: dict[str, list[dict[str, float]]] = {
+        label: [{unit["placement"].get(role, "-"): 1.0} for unit in units]
         for label, role in (("weights", "param"), ("state", "exp_avg"), ("gradient", "grad"))
         if any(role in unit["placement"] for unit in units)  # forward passes only need no gradient
     }
-    rows["activations"] = [max(unit["activations"], key=lambda what: unit["activations"][what]) for unit in units]
+    rows["activations"] = [
+        {what: share for what, share in unit["activations"].items() if share > 0} or {"-": 1.0} for unit in units
+    ]
     return charts.units([unit["name"] for unit in units], rows, _DECIDED)
 
 

@@ -17,6 +17,7 @@ _GROUPS = {
     "master": "optimizer state", "exp_avg": "optimizer state", "exp_avg_sq": "optimizer state",
     "state": "optimizer state", "activations": "activations", "swapped activations": "activations",
 }  # fmt: skip
+_BEFORE = " (of the budget and what the program took at its start)"
 
 
 def group(category: str) -> str:
@@ -49,10 +50,12 @@ def peaks(memory: Mapping[str, Any]) -> list[str]:
         lines.append(f"{tier}: {_named(peak, peak['categories'], budget)}")
     process = memory.get("process", {})
     if "at_peak" in process:
-        lines.insert(0, f"RAM of the process (PSS): {_named(process['at_peak'], _grouped(process['at_peak']))}")
+        peak = process["at_peak"]
+        budget = _ram(memory, "budget")
+        lines.insert(0, f"RAM of the process (PSS): {_named(peak, _grouped(peak), budget)}" + _BEFORE * (budget > 0))
     if "device" in memory:
-        peak = memory["device"]["at_peak"]
-        lines.insert(0, f"CUDA device, temporaries included: {_named(peak, _grouped(peak))}")
+        peak, budget = memory["device"]["at_peak"], memory["tiers"].get("gpu", {}).get("budget", 0)
+        lines.insert(0, f"CUDA device, temporaries included: {_named(peak, _grouped(peak), budget)}")
     return lines
 
 
@@ -139,15 +142,17 @@ def _process(memory: Mapping[str, Any], step: Mapping[str, Any]) -> dict[str, An
     for i, untouched in enumerate(a - m for m, a in zip(measured, accounted, strict=True)):
         if untouched > 0 and "buffers" in stack:  # reserved, and not in RAM before it is first used
             stack["buffers"][i] = max(0.0, stack["buffers"][i] - untouched)
-    host = [memory["tiers"][tier] for tier in HOST_TIERS if tier in memory["tiers"]]
-    lines = {
-        "planned peak": before + sum(tier["predicted"] for tier in host),
-        "budget": before + sum(tier["budget"] for tier in host),
-    }
+    lines = {"planned peak": _ram(memory, "predicted"), "budget": _ram(memory, "budget")}
     return {
         "title": "RAM: this process" + (", the device's arena included" if in_ram else ""),
         "chart": charts.memory(step["at"], stack, lines),
     }
+
+
+def _ram(memory: Mapping[str, Any], figure: str) -> int:
+    """Budget or planned peak of the process: what it took at its start, and beyond it the host tiers'; 0 for none."""
+    beyond = sum(memory["tiers"][tier][figure] for tier in HOST_TIERS if tier in memory["tiers"])
+    return int(memory["process"]["before"] + beyond) if beyond else 0
 
 
 def arena_predicted(memory: Mapping[str, Any], plan: Mapping[str, Any], tier: str) -> int:

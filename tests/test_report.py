@@ -24,6 +24,7 @@ from rich.console import Console
 from offload import compare, progress, report, report_memory
 from offload.memory_record import MemoryRecord
 from offload.rundir import RunDirectory, read_jsonl
+from offload.tables import size
 from offload.trace import LANES, Trace
 
 ROOT = Path(__file__).parent.parent
@@ -108,7 +109,9 @@ def test_the_parts_of_memory_add_up_to_the_measured_peak(run: Path) -> None:
         waiting = "waiting for [a-z ]+: .+"
         assert re.fullmatch(f"(after )?{work}|{waiting}|before the first unit|after its end", peak["during"])
         assert 1 <= peak["step"] <= STEPS
-    assert f"(PSS): {'step ' if peak['step'] else ''}" in report_memory.peaks(memory)[0]
+    told, budget = report_memory.peaks(memory)[0], memory["tiers"]["cpu"]["budget"] + memory["process"]["before"]
+    assert f"(PSS): {'step ' if peak['step'] else ''}" in told
+    assert f"{size(peak['bytes'])} of {size(budget)}, of which " in told
     for tier, named in memory["reserved"].items():
         assert named["bytes"] == memory["tiers"][tier]["peak"] == sum(named["categories"].values())
     gpu = memory["reserved"]["gpu"]
@@ -333,6 +336,19 @@ def test_in_a_browser(run: Path, tmp_path: Path, width: int) -> None:
     assert told["images"] == told["shown"] >= 7
     assert told["font"] >= 14
     assert told["figures"]["loss"] == list(read_jsonl(run / "metrics.jsonl"))[-1]["loss"]
+
+
+def test_the_map_shows_every_share_of_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    activations = {"keep": 0.5, "recompute": 0.25, "swap_cpu": 0.25, "swap_nvme": 0.0}
+    units = [{"name": f"u{i}", "placement": {"param": "cpu"}, "activations": activations} for i in range(2)]
+    drawn: list[tuple[Any, Any, str]] = []
+    monkeypatch.setattr("matplotlib.axes.Axes.broken_barh", lambda _, x, y, color: drawn.append((x, y, color)))
+    report._map(units)
+    colour = report._DECIDED
+    heights = [(round(y[1], 3), color) for x, y, color in drawn[: len(drawn) // 2] if x == [(0, 2)]]
+    assert heights == [
+        (0.8, colour["cpu"]), (0.4, colour["keep"]), (0.2, colour["swap_cpu"]), (0.2, colour["recompute"]),
+    ]  # fmt: skip
 
 
 def test_a_run_that_failed_says_so(run: Path, tmp_path: Path) -> None:
