@@ -97,6 +97,8 @@ class AiofilesBackend(QueuedBackend):
             part = view[moved : min(len(view), moved + transfer.most_per_call)]
             count = await (handle.readinto(part) if transfer.kind == "read" else handle.write(part))
             moved = progressed(transfer, self.meter, view, moved, count)
+            if transfer.kind == "write":
+                await self._loop.run_in_executor(self._executor, transfer.file.cached, count)
 
     async def _call(self, function: Callable[..., None], *arguments: memoryview) -> None:
         await self._loop.run_in_executor(self._executor, function, *arguments)

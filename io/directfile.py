@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
+import threading
 from pathlib import Path
 
 from .buffers import PAGE
 from .errors import StoreFull, from_os_error
+
+FLUSH = 128 << 20
+"""Bytes that are written through the page cache before they are brought to the device."""
 
 
 class DirectFile:
@@ -22,6 +27,8 @@ class DirectFile:
         self.path = Path(path)
         self.direct = False
         self.generation = 0
+        self._dirty = 0
+        self._lock = threading.Lock()
         flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
         try:
             self.fd = os.open(self.path, flags, 0o644)
@@ -74,6 +81,25 @@ class DirectFile:
     def fsync(self) -> None:
         """Make all that was written durable (data and the metadata needed to read it)."""
         os.fdatasync(self.fd)
+
+    def cached(self, nbytes: int) -> None:
+        """Count bytes that were written through the page cache; with each `FLUSH` of them, bring all to the device.
+
+        A commit's one sync of gigabytes would otherwise go without progress for longer than a drive may.
+        """
+        with self._lock:
+            self._dirty += nbytes
+            if self._dirty < FLUSH:
+                return
+            self._dirty = 0
+        # By a descriptor of its own, and whatever comes of it: the kernel tells an error once by each, and the commit,
+        # for which it is final, has to learn of it.
+        with contextlib.suppress(OSError):
+            fd = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.fdatasync(fd)
+            finally:
+                os.close(fd)
 
     def close(self) -> None:
         """Close the descriptor. Idempotent."""

@@ -234,3 +234,5 @@ def move_by_calls(transfer: Transfer, meter: Meter, view: memoryview, moved: int
         part = view[moved : min(len(view), moved + transfer.most_per_call)]
         count = call(transfer.file.fd, [part], transfer.offset + moved)
         moved = progressed(transfer, meter, view, moved, count)
+        if transfer.kind == "write" and not transfer.file.direct:
+            transfer.file.cached(count)

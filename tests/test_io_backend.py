@@ -44,6 +44,7 @@ from offload.io import (
     allocate,
     choose,
     choose_backend,
+    directfile,
     libaio,
     open_backend,
     uring,
@@ -116,6 +117,37 @@ def disk(tmp_path: Path) -> Iterator[DirectFile]:
     file = DirectFile(tmp_path / "data.bin", create=True)
     file.reserve(1 << 20)
     yield file
+    file.close()
+
+
+@pytest.mark.parametrize("name", ["aiofiles", "threads"])
+def test_bytes_in_the_page_cache_are_flushed_in_pieces(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a slow drive, the sync of a commit would take longer than a drive may go without progress."""
+    file = DirectFile(tmp_path / "data.bin", create=True)
+    file.direct = False  # as where the file system has no O_DIRECT
+    monkeypatch.setattr(directfile, "FLUSH", 2 << 20)
+    flushed: list[int] = []
+    sync = os.fdatasync
+
+    def counted(fd: int) -> None:
+        flushed.append(fd)
+        if fd != file.fd:
+            raise OSError(errno.EIO, "lost")  # is for the commit's own sync to tell
+        sync(fd)
+
+    monkeypatch.setattr(os, "fdatasync", counted)
+    backend, data = make_backend(name), random_buffer(1 << 20)
+    for request in [backend.write(file, at << 20, data.tensor) for at in range(16)]:
+        request.wait()
+    assert len(flushed) == 8 and file.fd not in flushed
+    backend.sync(file).wait()
+    assert flushed[8:] == [file.fd]
+    into = allocate(1 << 20, Ledger())
+    backend.read(file, 5 << 20, into.tensor).wait()
+    assert torch.equal(into.tensor, data.tensor) and len(flushed) == 9
+    backend.close()
     file.close()
 
 
