@@ -238,7 +238,7 @@ def _timeline(step: _Step) -> dict[str, Any]:
             else:
                 process, device = event[1:]
             if best is None or _height(held, process, device) > _height(*best[1:]):
-                best = (event[0] - step.begin, _deep(held), process, device)
+                best = (max(0.0, event[0] - step.begin), _deep(held), process, device)
         assert best is not None
         moments.append(best)
     moments.append((step.end - step.begin, _deep(held), process, device))
