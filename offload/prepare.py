@@ -241,7 +241,9 @@ def _zeroth_order(pieces: Pieces) -> ZerothOrder:
     samples, tries = pieces.variant.zo.samples, pieces.variant.tries_both_ways
     roles = tuple((role.name, role.nbytes, role.per, role.written) for role in pieces.roles)
     candidates = 3 if tries else 0
-    return ZerothOrder(roles, 2 * samples + candidates, max(2 * samples, candidates), 2 if tries else 1, samples)
+    active = 1 / pieces.variant.zo.blocks if pieces.variant.zo.variant == "block" else 1.0
+    walks = 2 if tries else 1
+    return ZerothOrder(roles, 2 * samples + candidates, max(2 * samples, candidates), walks, samples, active)
 
 
 def _sequence_length(cfg: Config, model: nn.Module) -> int:

@@ -89,6 +89,7 @@ class ZerothOrder:
     `roles` are the stored roles of a unit's trainable elements: (name, bytes for every `per` elements, `per`, whether a
     step writes it). `forwards` passes of every micro-batch go through a unit while its weights are on the device, of
     which `together` in one walk over the units; `walks` is how often a step walks over them.
+    A step perturbs and updates a share `active` of the units.
     """
 
     roles: tuple[tuple[str, int, int, bool], ...]
@@ -96,6 +97,7 @@ class ZerothOrder:
     together: int = 2
     walks: int = 1
     samples: int = 1
+    active: float = 1.0
 
 
 @dataclass(frozen=True)

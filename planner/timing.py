@@ -15,7 +15,8 @@ from offload.planner.memory import away_bytes, gradient_bytes, home_bytes, item_
 from offload.planner.plan import LANES, Hardware, UnitProfile, Workload, ZerothOrder
 
 # Standard normals that two CPU cores, or a GPU with torch's own operators, make (offload/zo_noise.py). The first was
-# measured on two cores; the second follows from about 600 bytes of traffic for each at 1 TB/s.
+# measured on two cores; the second follows from about 600 bytes of traffic for each at 1 TB/s. Reading the weights and
+# writing them is part of it. Quantized weights take less noise, but unpacking them takes about as long.
 NORMALS_PER_SECOND = {"cpu": 1.2e9, "cuda": 1.6e9}
 WRITE_BEHIND_SHARE = 0.1  # share of a step that writing RAM-resident state behind may take
 
@@ -102,10 +103,12 @@ def unit_work(unit: UnitProfile, c: UnitChoice, w: Workload, hw: Hardware) -> Wo
 
 @dataclass
 class Traffic:
-    """Work of one stage in one step: seconds of compute, parameters updated, bytes per lane."""
+    """Work of one stage in one step: seconds of compute, parameters updated, seconds of perturbing weights and updating
+    them along directions (zeroth-order), bytes per lane."""
 
     compute: float = 0.0
     updated: float = 0.0
+    directions: float = 0.0
     h2d: float = 0.0
     d2h: float = 0.0
     nvme_read: float = 0.0
@@ -172,23 +175,28 @@ def unit_step(unit: UnitProfile, c: UnitChoice, w: Workload, hw: Hardware) -> St
 
 
 def _zeroth_order_step(unit: UnitProfile, c: UnitChoice, w: Workload, zo: ZerothOrder, hw: Hardware) -> Step:
-    """Every walk brings a unit's weights in; the first of them writes the last step's update back."""
+    """Every walk brings a unit's weights in; the first of them writes the last step's update back.
+
+    Each visit perturbs them both ways along every direction, and the update goes along all of them once more.
+    """
     step, home = Step(), home_bytes(unit, w)
     written = {role for role, _, _, written in zo.roles if written}
     stored, changed = sum(home.values()), sum(n for role, n in home.items() if role in written)
     visits = zo.walks * (1 if unit.kind == "resident" else unit.visits)
-    normals = (1 + visits) * zo.samples * unit.trainable
+    normals = zo.active * (1 + 2 * visits) * zo.samples * unit.trainable
     # measured backward seconds are those of the loss alone
     forward = compute_seconds(unit, w, hw)[0] + unit.backward_seconds
-    step.forward.compute = w.micro_batches * zo.forwards * forward + normals / NORMALS_PER_SECOND[w.device]
+    step.forward.compute = w.micro_batches * zo.forwards * forward
+    step.forward.directions = normals / NORMALS_PER_SECOND[w.device]
     step.forward.h2d = visits * stored
-    step.forward.d2h = changed
+    sent = zo.active * changed
+    step.forward.d2h = sent
     if c.weights == "nvme":
-        step.forward.nvme_read, step.forward.nvme_write = visits * stored, changed
+        step.forward.nvme_read, step.forward.nvme_write = visits * stored, sent
         return step
     step.behind = changed
     if c.weights == "cxl":
-        step.forward.cxl = visits * stored + changed
+        step.forward.cxl = visits * stored + sent
     return step
 
 
@@ -222,7 +230,7 @@ def lanes(t: Traffic, w: Workload, hw: Hardware) -> dict[str, float]:
         "d2h": t.d2h / copy_out,
         "nvme_read": t.nvme_read / hw.nvme_read,
         "nvme_write": t.nvme_write / hw.nvme_write,
-        "optimizer": t.updated / adamw_rate(w, hw),
+        "optimizer": t.updated / adamw_rate(w, hw) + t.directions,
         "cxl": t.cxl / hw.cxl,
     }
 
@@ -230,15 +238,16 @@ def lanes(t: Traffic, w: Workload, hw: Hardware) -> dict[str, float]:
 def stage_resources(w: Workload, hw: Hardware) -> list[dict[str, float]]:
     """Resources as the share of each that a lane takes while it runs; a stage lasts as long as the sum on each.
 
-    On device "cpu" compute takes all cores, every copy and the optimizer one of them.
+    On device "cpu" compute takes all cores, every copy and the optimizer one of them. A zeroth-order step forms weights
+    and computes with them in turn, both on the whole device.
     """
     drive = {"nvme_read": 1 / hw.nvme_duplex, "nvme_write": 1 / hw.nvme_duplex}
     single: list[dict[str, float]] = [{name: 1.0} for name in (*LANES, "cxl")]
     if w.device == "cpu":
         one = 1 / max(1, hw.cores)
-        return [*single, drive, {"compute": 1.0, "h2d": one, "d2h": one, "optimizer": one}]
+        return [*single, drive, {"compute": 1.0, "h2d": one, "d2h": one, "optimizer": 1.0 if w.zo else one}]
     link = {"h2d": 1 / hw.link_duplex, "d2h": 1 / hw.link_duplex}
-    return [*single, drive, link]
+    return [*single, drive, link, *([{"compute": 1.0, "optimizer": 1.0}] if w.zo else [])]
 
 
 def stage_seconds(t: Traffic, w: Workload, hw: Hardware) -> float:

@@ -12,12 +12,13 @@ import reference
 import torch
 import zo_reference
 import zoo
+from offload.planner import timing
 from safetensors.torch import load_file
 from test_exactness import assert_same
 from torch import nn
 
 import offload
-from offload import zo
+from offload import zo, zo_noise
 from offload.engine import Engine, prepare
 from offload.units import find_units
 from offload.zo_formats import Quantized
@@ -99,6 +100,35 @@ def test_variants_equal_the_plain_loop(name: str, fast_path: Path) -> None:
     want = zo_reference.train(model, batches, ROWS, **arguments)
     decay = {"train.optimizer": {"lr": zo_reference.LR, "weight_decay": arguments.get("decay", 0.0)}}
     assert_same(streamed(fast_path / "run", model, batches, 2 * ROWS, section, name != "adam", **decay), want)
+
+
+@pytest.mark.parametrize("section", [{}, {"samples": 2}, {"variant": "conservative"}, {"variant": "block"}])
+def test_directions_are_planned_where_they_are_measured(
+    section: dict[str, Any], fast_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the optimizer's lane, for as many normals as a step makes; it takes that and compute one after the other."""
+    made: list[int] = []
+    fill = zo_noise.fill
+
+    def counted(out: torch.Tensor, *arguments: int) -> None:
+        made.append(out.numel())
+        fill(out, *arguments)
+
+    monkeypatch.setattr(zo_noise, "compiled", lambda: None)  # so that all of it passes through `fill`
+    monkeypatch.setattr(zo_noise, "fill", counted)
+    cfg = zo_reference.config(fast_path / "run", ROWS, ROWS, section)
+    with offload.wrap(zoo.make("llama"), cfg) as engine:
+        first, *steps = zoo.batches("llama", 3, ROWS)
+        engine.step(first)
+        made.clear()
+        for batch in steps:  # two: groups of units take turns
+            engine.step(batch)
+            row = engine.run.last_row
+            assert row is not None and row["lane_seconds"]["optimizer"] > 0
+        plan, normals = engine.plan, sum(made) / len(steps)  # before closing, which applies the last update
+    planned = plan.lane_seconds["optimizer"] * timing.NORMALS_PER_SECOND["cpu"]
+    assert planned == pytest.approx(normals, rel=0.01)  # some padding
+    assert plan.step_seconds >= plan.lane_seconds["optimizer"] + plan.lane_seconds["compute"]
 
 
 def test_groups_of_units_take_turns(fast_path: Path) -> None:
