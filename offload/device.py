@@ -11,13 +11,15 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from offload.heap import Heap
-from offload.io import HostBuffer, Ledger, allocate, lock, yield_to_compute
+from offload.io import Ledger, allocate, lock, yield_to_compute
 from offload.planner.memory import KERNEL_CACHE_CAPACITY, MMAP_THRESHOLD
 from offload.trace import Clock
 
@@ -46,8 +48,8 @@ class Device(Protocol):
     clock: Clock | None
     heap: Heap
 
-    def allocate(self, nbytes: int, ledger: Ledger, category: str) -> Tensor:
-        """Reserve `nbytes` on the device for the whole run: a 1-D uint8 tensor."""
+    def allocate(self, nbytes: int, ledger: Ledger, categories: Mapping[str, int]) -> Tensor:
+        """Reserve `nbytes` in one piece for the whole run: 1-D uint8, page aligned; `ledger` counts the parts."""
         ...
 
     def pin(self, buffer: Tensor) -> None:
@@ -79,13 +81,16 @@ class CpuDevice:
     clock: Clock | None = None
 
     def __init__(self, locked: bool = False) -> None:
-        self._buffers: list[HostBuffer] = []
+        self._buffers = ExitStack()
         self._locked = locked
         self.heap = Heap(used=True)
 
-    def allocate(self, nbytes: int, ledger: Ledger, category: str) -> Tensor:
-        buffer = allocate(nbytes, ledger, tier="gpu", category=category)
-        self._buffers.append(buffer)
+    def allocate(self, nbytes: int, ledger: Ledger, categories: Mapping[str, int]) -> Tensor:
+        buffer = allocate(nbytes, Ledger(), tier="gpu", category="arena")  # the run's ledger counts its parts
+        self._buffers.callback(buffer.free)
+        for category, part in categories.items():
+            ledger.add("gpu", category, part)
+            self._buffers.callback(ledger.remove, "gpu", category, part)
         self.pin(buffer.tensor)
         return buffer.tensor[:nbytes]
 
@@ -103,9 +108,7 @@ class CpuDevice:
         pass  # compute is synchronous
 
     def close(self) -> None:
-        for buffer in self._buffers:
-            buffer.free()
-        self._buffers.clear()
+        self._buffers.close()
 
 
 def keep_to_the_plan() -> None:
@@ -143,8 +146,9 @@ class CudaDevice:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self._index)
 
-    def allocate(self, nbytes: int, ledger: Ledger, category: str) -> Tensor:
-        ledger.add("gpu", category, nbytes)
+    def allocate(self, nbytes: int, ledger: Ledger, categories: Mapping[str, int]) -> Tensor:
+        for category, part in categories.items():
+            ledger.add("gpu", category, part)
         return torch.empty(nbytes, dtype=torch.uint8, device=torch.device("cuda", self._index))
 
     def pin(self, buffer: Tensor) -> None:

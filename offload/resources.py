@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from offload import models, oom, zo_state
-from offload.activation_places import CATEGORY, Tier, activation_tiers, kept_room
+from offload.activation_places import Tier, activation_tiers, kept_room
+from offload.arena import DeviceArena
 from offload.checkpoint_source import CheckpointSource
 from offload.config import Config
 from offload.device import Device, open_device
@@ -159,12 +160,6 @@ def _reserve(prepared: Prepared, store: Store) -> Resources:
         stack.callback(device.close)
         trace.clock = device.clock
 
-        def slots(name: str, category: str = "") -> list[Tensor]:
-            wanted = plan.buffer(name)
-            if wanted is None:
-                return []
-            return [device.allocate(wanted.nbytes, ledger, category or name.split(".")[0]) for _ in range(wanted.count)]
-
         def ring(name: str) -> Ring:
             wanted = plan.buffer(name)
             if wanted is None:
@@ -198,6 +193,7 @@ def _reserve(prepared: Prepared, store: Store) -> Resources:
         stack.callback(store.close)  # first of all: nothing may still be written from what follows
         for extent in store.extents.values():
             ledger.add("nvme", extent.key.split("/")[1], extent.padded * extent.sides)
+        slots = DeviceArena(plan, device, ledger).slots
         gradient_slots = {group: slots(f"gradients.{group}") for group in ("block", "large")}
         for unit in prepared.units:
             if held := slots(f"gradients.held/{unit.name}"):
@@ -226,7 +222,7 @@ def _reserve(prepared: Prepared, store: Store) -> Resources:
             landing,
             rings["update"],
             activations,
-            slots("activations.staging", CATEGORY),
+            slots("activations.staging"),
             kept_room(plan, prepared.workload),
             prepared.dtype,
             prepared.gradient_dtype,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 from offload.planner.layout import Layout, Lifetime, solve
 from offload.planner.memory import PAGE, is_large, round_up
@@ -26,9 +27,12 @@ class Arena:
     lower_bound_bytes: int
     layout: Layout
 
-    def to_json(self) -> dict[str, int]:
-        """`layout` of plan.json."""
-        return {"arena_bytes": self.arena_bytes, "lower_bound_bytes": self.lower_bound_bytes}
+    def to_json(self) -> dict[str, Any]:
+        """`layout` of plan.json, from which the engine hands out its slots: `offsets` by name, in order of number."""
+        offsets: dict[str, list[int]] = {}
+        for (name, _), (offset, _) in sorted(self.places.items()):
+            offsets.setdefault(name, []).append(offset)
+        return {"arena_bytes": self.arena_bytes, "lower_bound_bytes": self.lower_bound_bytes, "offsets": offsets}
 
 
 def step_lifetimes(

@@ -291,8 +291,7 @@ def peaks(
     choice = choice or nothing_in_ram(w)
     found: dict[str, dict[str, int]] = {tier: {} for tier in TIERS}
     for b in buffers:
-        category = "swapped activations" if b.name.startswith("activations.") else b.name.split(".")[0]
-        found[b.tier][category] = found[b.tier].get(category, 0) + b.total
+        found[b.tier][b.category] = found[b.tier].get(b.category, 0) + b.total
     gpu, cpu, nvme = found["gpu"], found["cpu"], found["nvme"]
     worst = max(moments(w, choice), key=lambda moment: moment.activations + moment.framework, default=None)
     gpu["activations"] = worst.activations if worst else 0

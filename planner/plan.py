@@ -264,6 +264,11 @@ class Buffers:
     def total(self) -> int:
         return self.count * self.nbytes
 
+    @property
+    def category(self) -> str:
+        """What it is for, as `Plan.categories` and the engine's ledger call it."""
+        return "swapped activations" if self.name.startswith("activations.") else self.name.split(".")[0]
+
 
 @dataclass(frozen=True)
 class UnitPlan:
@@ -312,7 +317,7 @@ class Plan:
     busiest_lane: str
     solver: dict[str, Any]  # name, status, gap (None if not known), seconds
     units: tuple[UnitPlan, ...]
-    layout: dict[str, int]
+    layout: dict[str, Any]  # `Arena.to_json`; one_unit_bytes: the least any plan needs on the device
     buffers: tuple[Buffers, ...]
     commit_every: int
     spill_gradients: bool  # some unit's gradients wait on nvme

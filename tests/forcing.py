@@ -66,6 +66,8 @@ def forced(
         ("nvme", "swapped activations", nvme),
     ):
         categories[tier][name] = categories[tier].get(name, 0) + nbytes
+    end = plan.layout["arena_bytes"]
+    offsets = {**plan.layout["offsets"], "activations.staging": [end, end + staging]}
     peak = {tier: sum(sizes.values()) for tier, sizes in categories.items()}
     return replace(
         plan,
@@ -73,6 +75,7 @@ def forced(
         buffers=(*plan.buffers, *(b for b in buffers if b.nbytes)),
         categories=categories,
         peak_bytes={**plan.peak_bytes, **peak},
+        layout={**plan.layout, "arena_bytes": end + 2 * staging, "offsets": offsets},
     )
 
 

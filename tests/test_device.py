@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import forcing
 import pytest
 import reference
 import torch
@@ -87,6 +88,47 @@ def test_equal_to_plain_pytorch(clip: float | None, place: str, fast_path: Path,
     assert [r.loss for r in results] == want.losses
     assert [r.grad_norm for r in results] == want.norms
     assert all(torch.equal(got[name], weight) for name, weight in want.weights.items())
+
+
+def test_slots_lie_where_the_layout_has_them(fast_path: Path, monkeypatch: Any) -> None:
+    """Wherever that is: here the planner's arena upside down. One piece of memory, whose parts the ledger knows."""
+    model, batches = zoo.make("llama", tie_word_embeddings=True), zoo.batches("llama", 3, 2 * ROWS)
+    want = reference.train(model, batches, ROWS)
+    made = forcing.prepared(
+        fast_path / "run", model, ROWS, 2 * ROWS, activations=forcing.fractions(cpu=1.0), staging=2 << 20
+    )
+    sizes = {b.name: b.nbytes for b in made.plan.buffers if b.tier == "gpu"}
+    arena = made.plan.layout["arena_bytes"]
+    offsets = {
+        name: [arena - at - sizes[name] for at in places] for name, places in made.plan.layout["offsets"].items()
+    }
+    reserved: list[HostBuffer] = []
+    begin = HostBuffer.__init__
+    monkeypatch.setattr(
+        HostBuffer, "__init__", lambda self, *args, **more: (reserved.append(self), begin(self, *args, **more))[1]
+    )
+    plan = replace(made.plan, layout={**made.plan.layout, "offsets": offsets})
+    with Engine.create(made.config, prepared=replace(made, plan=plan)) as engine:
+        (one,) = [b for b in reserved if b.tier == "gpu"]
+        held, first = engine._held, one.tensor.data_ptr()
+        assert one.nbytes == arena == sum(sizes[name] * len(places) for name, places in offsets.items())
+        assert held.resident is not None and held.resident.data_ptr() - first == offsets.pop("resident")[0]
+        slots = {"activations.staging": held.activation_staging}
+        slots |= {f"weights.{group}": tensors for group, tensors in held.weight_slots.items()}
+        slots |= {f"gradients.{group}": tensors for group, tensors in held.gradient_slots.items()}
+        found = {name: [t.data_ptr() - first for t in slots[name]] for name in offsets}
+        assert found == offsets and any("held" in name for name in found)
+        before = held.weight_slots["block"][0]._version
+        held.gradient_slots["block"][0].zero_()
+        assert held.weight_slots["block"][0]._version == before
+        counted = {name: n["bytes"] for name, n in engine.ledger.snapshot()["gpu"].items()}
+        names = ("weights", "gradients", "resident", "swapped activations")
+        assert {name: counted[name] for name in names} == {name: plan.categories["gpu"][name] for name in names}
+        results = [engine.step(batch) for batch in batches]
+        got = reference.weights(engine)
+    assert [r.loss for r in results] == want.losses
+    assert all(torch.allclose(got[name], weight, atol=1e-6) for name, weight in want.weights.items())  # tied, M > 1
+    assert engine.ledger.in_use("gpu") == 0
 
 
 def test_a_gradient_that_waits_for_the_norm_lands_in_its_home(fast_path: Path, monkeypatch: Any) -> None:

@@ -306,6 +306,9 @@ def test_the_plan_has_the_arena_of_its_buffers() -> None:
     arena = arena_layout(w, plan.buffers)
     assert plan.layout["arena_bytes"] == arena.arena_bytes and isinstance(arena.layout, Layout)
     assert plan.layout["lower_bound_bytes"] == arena.lower_bound_bytes > plan.layout["one_unit_bytes"] > 0
+    assert plan.layout["offsets"] == {
+        b.name: [arena.places[b.name, k][0] for k in range(b.count)] for b in plan.buffers if b.tier == "gpu"
+    }
 
 
 def test_the_benchmark_reads_files_and_names_a_bad_row(tmp_path: Path) -> None:
