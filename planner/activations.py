@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import lru_cache
 
 from offload.planner.choice import Choice, UnitChoice, nothing_in_ram
 from offload.planner.placement import Problem
@@ -80,8 +81,13 @@ def shares(c: UnitChoice, w: Workload, keep: float, swapped: Mapping[str, float]
 
     A part of a micro-batch that would have to be recomputed is swapped, or kept where nothing is swapped.
     """
-    away = {tier: share for tier, share in swapped.items() if share}
-    m, rest = w.micro_batches, max(0.0, 1.0 - keep - sum(away.values()))
+    return _shares(c, w.micro_batches, keep, tuple(swapped.items()))
+
+
+@lru_cache(1 << 14)
+def _shares(c: UnitChoice, m: int, keep: float, swapped: tuple[tuple[str, float], ...]) -> UnitChoice:
+    away = {tier: share for tier, share in swapped if share}
+    rest = max(0.0, 1.0 - keep - sum(away.values()))
     again = int(rest * m + 1e-4) / m  # a solver's counts are whole to its tolerance only
     rest -= again
     if away:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 from offload.planner.plan import UnitProfile, Workload
@@ -34,6 +34,13 @@ class UnitChoice:
     boundary: str = "gpu"
 
     @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, f.name) for f in fields(self)))
+
+    def __hash__(self) -> int:  # looked up many times for each time it is made
+        return self._hash
+
+    @cached_property
     def swapped(self) -> dict[str, float]:
         """Share of the saved bytes that each tier takes, where it takes any."""
         shares = {"cpu": self.swap_cpu, "cxl": self.swap_cxl, "nvme": self.swap_nvme}
@@ -45,8 +52,13 @@ class UnitChoice:
 
     def with_tier(self, role: Role, tier: str) -> UnitChoice:
         """The same with `role` in `tier`."""
-        changed: Any = {role: tier}
-        return replace(self, **changed)
+        return _with_tier(self, role, tier)
+
+
+@lru_cache(1 << 14)
+def _with_tier(c: UnitChoice, role: Role, tier: str) -> UnitChoice:
+    changed: Any = {role: tier}
+    return replace(c, **changed)
 
 
 @dataclass(frozen=True)
@@ -77,6 +89,28 @@ def everything_in_ram(w: Workload, block_slots: int = 2) -> Choice:
     return Choice(
         tuple(replace(recompute_all(u, w), weights="cpu", state="cpu", gradient="cpu") for u in w.units), block_slots
     )
+
+
+def runs(w: Workload, choice: Choice) -> list[tuple[int, UnitChoice, int]]:
+    """Neighbours that cost the same under one choice: (the first such unit of all, its choice, how many in a row)."""
+    latest: Choice | None
+    found: list[tuple[int, UnitChoice, int]]
+    latest, found = w.worked_out.get("latest runs", (None, []))
+    if latest is choice:  # its bytes and its seconds are asked for one after the other
+        return found
+    found = []
+    count, last_i, last_c = 0, -1, None
+    for i, c in zip(w.alike, choice.units, strict=True):
+        if i == last_i and (c is last_c or c == last_c):
+            count += 1
+            continue
+        if last_c is not None:
+            found.append((last_i, last_c, count))
+        count, last_i, last_c = 1, i, c
+    if last_c is not None:
+        found.append((last_i, last_c, count))
+    w.worked_out["latest runs"] = choice, found
+    return found
 
 
 def swaps(unit: UnitChoice) -> bool:

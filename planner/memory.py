@@ -6,10 +6,11 @@ is the traced peak of one micro-batch times `FRAMEWORK_MARGIN`, the one place wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from offload.planner.choice import ROLES_OF, Choice, Role, UnitChoice, nothing_in_ram, swaps
+from offload.planner.choice import ROLES_OF, Choice, Role, UnitChoice, nothing_in_ram, runs, swaps
 from offload.planner.plan import TIERS, Buffers, UnitProfile, Workload, ZerothOrder
 
 PAGE = 4096
@@ -100,6 +101,15 @@ def item_bytes(unit: UnitProfile, role: Role, w: Workload) -> int:
     return sum(home.get(name, 0) for name in ROLES_OF[role])
 
 
+def item_sizes(w: Workload) -> Sequence[Mapping[Role, int]]:
+    """`item_bytes` of every unit, by role."""
+    if "items" not in w.worked_out:
+        first = {i: {role: item_bytes(w.units[i], role, w) for role in ROLES_OF} for i in set(w.alike)}
+        w.worked_out["items"] = tuple(first[i] for i in w.alike)
+    found: Sequence[Mapping[Role, int]] = w.worked_out["items"]
+    return found
+
+
 def store_bytes(unit: UnitProfile, w: Workload) -> int:
     """Bytes of the unit's durable extents: two sides of everything that is updated, one of what is frozen."""
     once = {"frozen"} | {role for role, _, _, written in (w.zo.roles if w.zo else ()) if not written}
@@ -122,6 +132,29 @@ def reserve(w: Workload, block_slots: int = 2, choice: Choice | None = None) -> 
     """
     if w.zo:
         return _reserve_zeroth_order(w, w.zo, block_slots)
+    most_trainable = max((u.trainable for u in w.units), default=0)
+    chunk = min(CHUNK_ELEMENTS, round_up(most_trainable))
+    if ("slots", block_slots) not in w.worked_out:
+        w.worked_out["slots", block_slots] = _device_slots(w, block_slots)
+    buffers: list[Buffers] = [
+        *w.worked_out["slots", block_slots],
+        Buffers("staging", "cpu", *_staging(w, choice)),
+        # On a CPU the gradient slots are host memory themselves.
+        *([Buffers("landing", "cpu", 1, round_up(most_trainable * w.gradient_itemsize))] if w.device == "cuda" else []),
+        Buffers("update", "cpu", UPDATE_COUNT, CHUNK_BYTES_PER_ELEMENT * chunk),
+    ]
+    if choice is not None:
+        needs = _needs(w, choice)
+        buffers += [
+            Buffers(f"activations.{tier}", tier, 1, sum(n.away[i] * count for n, _, count in needs))
+            for i, tier in enumerate(("cpu", "cxl", "nvme"))
+        ]
+        buffers.append(Buffers("activations.staging", "gpu", 2, max((n.coming_back for n, *_ in needs), default=0)))
+    return tuple(b for b in buffers if b.nbytes)
+
+
+def _device_slots(w: Workload, block_slots: int) -> list[Buffers]:
+    """What does not depend on the choice."""
     streamed = [u for u in w.units if u.kind != "resident"]
     large = [u for u in streamed if is_large(u, w)]
     small = [u for u in streamed if not is_large(u, w)]
@@ -135,29 +168,14 @@ def reserve(w: Workload, block_slots: int = 2, choice: Choice | None = None) -> 
     resident = sum(
         round_up(weight_bytes(u, w)) + round_up(gradient_bytes(u, w)) for u in w.units if u.kind == "resident"
     )
-    most_trainable = max((u.trainable for u in w.units), default=0)
-    chunk = min(CHUNK_ELEMENTS, round_up(most_trainable))
-    buffers = [
+    return [
         Buffers("weights.block", "gpu", block_slots, widest(small, weight_bytes)),
         Buffers("weights.large", "gpu", 1, widest(large, weight_bytes)),
         Buffers("gradients.block", "gpu", 2, widest(unheld(small), gradient_bytes)),
         Buffers("gradients.large", "gpu", 1, widest(unheld(large), gradient_bytes)),
         *(Buffers(f"gradients.held/{u.name}", "gpu", 1, round_up(gradient_bytes(u, w))) for u in streamed if u.held),
         Buffers("resident", "gpu", 1, resident),
-        Buffers("staging", "cpu", *_staging(w, choice)),
-        # On a CPU the gradient slots are host memory themselves.
-        *([Buffers("landing", "cpu", 1, round_up(most_trainable * w.gradient_itemsize))] if w.device == "cuda" else []),
-        Buffers("update", "cpu", UPDATE_COUNT, CHUNK_BYTES_PER_ELEMENT * chunk),
     ]
-    if choice is not None:
-        pairs = list(zip(w.units, choice.units, strict=True))
-        buffers += [
-            Buffers(f"activations.{tier}", tier, 1, sum(away_bytes(u, c, tier, w) for u, c in pairs))
-            for tier in ("cpu", "cxl", "nvme")
-        ]
-        coming_back = max((round_up(per_micro_batch_away(u, c, w)) for u, c in pairs), default=0)
-        buffers.append(Buffers("activations.staging", "gpu", 2, coming_back))
-    return tuple(b for b in buffers if b.nbytes)
 
 
 def _staging(w: Workload, choice: Choice | None) -> tuple[int, int]:
@@ -216,7 +234,58 @@ def kept_bytes(unit: UnitProfile, c: UnitChoice, w: Workload) -> int:
 
 
 @dataclass(frozen=True)
-class Moment:
+class _Needs:
+    """What one unit asks for under one choice: all that the peaks are made of."""
+
+    away: tuple[int, int, int]  # activations in RAM, CXL memory and on NVMe
+    coming_back: int  # of one micro-batch, whole pages
+    homes: Mapping[str, int]  # weights and optimizer state by tier
+    waits: Mapping[str, int]  # the gradient, by tier
+    waiting: int  # activations on the device from forward to backward
+    forward: int  # the framework's bytes
+    backward: int
+
+
+def _needs(w: Workload, choice: Choice) -> list[tuple[_Needs, UnitProfile, int]]:
+    """Of every unit, neighbours that are alike together: (each one's, one of them, how many)."""
+    known: dict[tuple[int, UnitChoice], _Needs] = w.worked_out.setdefault("needs", {})
+    found = []
+    for i, c, count in runs(w, choice):
+        needs = known.get((i, c))
+        if needs is None:
+            needs = known[i, c] = _needs_of(w, i, c)
+        found.append((needs, w.units[i], count))
+    return found
+
+
+def _needs_of(w: Workload, i: int, c: UnitChoice) -> _Needs:
+    unit, m, sizes = w.units[i], w.micro_batches, item_sizes(w)[i]
+    homes = {c.weights: sizes["weights"]}
+    homes[c.state] = homes.get(c.state, 0) + sizes["state"]
+    workspace = unit.workspace_backward if c.recompute or unit.kept else kept_workspace(unit)
+    return _Needs(
+        away=(away_bytes(unit, c, "cpu", w), away_bytes(unit, c, "cxl", w), away_bytes(unit, c, "nvme", w)),
+        coming_back=round_up(per_micro_batch_away(unit, c, w)),
+        homes=homes,
+        waits={c.gradient: sizes["gradient"]},
+        waiting=kept_bytes(unit, c, w) + (m * unit.boundary_bytes if c.boundary == "gpu" else 0),
+        forward=_framework(unit.workspace_forward + 2 * unit.saved_bytes * swaps(c), w),
+        backward=_framework(workspace + (m + 1) * _widest(w), w),
+    )
+
+
+def _framework(nbytes: int, w: Workload) -> int:
+    return round(nbytes * FRAMEWORK_MARGIN[w.device]) + FRAMEWORK_FIXED[w.device]
+
+
+def _widest(w: Workload) -> int:
+    """The largest output of one visit."""
+    if "widest" not in w.worked_out:
+        w.worked_out["widest"] = max((u.boundary_bytes // max(1, u.visits) for u in w.units), default=0)
+    return int(w.worked_out["widest"])
+
+
+class Moment(NamedTuple):
     """Bytes on the device that come and go, while one unit runs: what waits for backward, and the framework's own."""
 
     unit: int
@@ -235,40 +304,45 @@ def moments(w: Workload, choice: Choice) -> Iterator[Moment]:
 
     Zeroth-order: nothing waits for a backward, so each pass under way holds what enters and what leaves one unit.
     """
-    m, units = w.micro_batches, list(zip(w.units, choice.units, strict=True))
-    fixed = FRAMEWORK_FIXED[w.device]
-    shared = m * w.shared_bytes
-
-    def framework(nbytes: int) -> int:
-        return round(nbytes * FRAMEWORK_MARGIN[w.device]) + fixed
-
-    widest = max((u.boundary_bytes // max(1, u.visits) for u in w.units), default=0)
+    m = w.micro_batches
     if w.zo:
-        passing = m * w.zo.together * (2 * widest + w.shared_bytes)
+        passing = m * w.zo.together * (2 * _widest(w) + w.shared_bytes)
         for i, unit in enumerate(w.units):
             workspace = max(unit.workspace_forward, unit.workspace_backward)
-            yield Moment(i, False, passing, framework(workspace) + ZO_SCRATCH[w.device])
+            yield Moment(i, False, passing, _framework(workspace, w) + ZO_SCRATCH[w.device])
         return
 
-    waiting = [
-        kept_bytes(u, c, w) + (m * u.boundary_bytes if c.boundary == "gpu" else 0) for u, c in units
-    ]
-    alive = shared
-    for i, (unit, c) in enumerate(units):
-        alive += waiting[i]
-        yield Moment(i, False, alive, framework(unit.workspace_forward + 2 * unit.saved_bytes * swaps(c)))
-
-    def backward(i: int) -> Moment:
-        unit, c = units[i]
-        workspace = unit.workspace_backward if c.recompute or unit.kept else kept_workspace(unit)
-        return Moment(i, True, alive, framework(workspace + (m + 1) * widest))
-
+    needs = [n for n, _, count in _needs(w, choice) for _ in range(count)]
+    alive = m * w.shared_bytes
+    for i, n in enumerate(needs):
+        alive += n.waiting
+        yield Moment(i, False, alive, n.forward)
     # The last visit runs backward from the loss while everything waits; a unit visited again frees nothing before.
-    yield from (backward(i) for i, unit in enumerate(w.units) if unit.kept)
-    for i in range(len(units) - 1, -1, -1):
-        if not units[i][0].kept:
-            yield backward(i)
-            alive -= waiting[i] if units[i][0].visits == 1 else 0
+    yield from (Moment(i, True, alive, needs[i].backward) for i, unit in enumerate(w.units) if unit.kept)
+    for i in range(len(needs) - 1, -1, -1):
+        unit = w.units[i]
+        if not unit.kept:
+            yield Moment(i, True, alive, needs[i].backward)
+            alive -= needs[i].waiting if unit.visits == 1 else 0
+
+
+def _worst(w: Workload, choice: Choice) -> tuple[int, int]:
+    """(activations, framework) of the worst of `moments`. Of neighbours that are alike it is the last in forward, where
+    most waits, and the first in backward."""
+    if w.zo:
+        found = max(moments(w, choice), key=lambda moment: moment.activations + moment.framework, default=None)
+        return (found.activations, found.framework) if found else (0, FRAMEWORK_FIXED[w.device])
+    needs, alive = _needs(w, choice), w.micro_batches * w.shared_bytes
+    pairs = []
+    for n, _, count in needs:
+        alive += count * n.waiting
+        pairs.append((alive, n.forward))
+    pairs += [(alive, n.backward) for n, unit, _ in needs if unit.kept]
+    for n, unit, count in reversed(needs):
+        if not unit.kept:
+            pairs.append((alive, n.backward))
+            alive -= count * n.waiting if unit.visits == 1 else 0
+    return max(pairs, key=sum, default=(0, FRAMEWORK_FIXED[w.device]))
 
 
 def lower_bound(w: Workload) -> int:
@@ -293,21 +367,17 @@ def peaks(
     for b in buffers:
         found[b.tier][b.category] = found[b.tier].get(b.category, 0) + b.total
     gpu, cpu, nvme = found["gpu"], found["cpu"], found["nvme"]
-    worst = max(moments(w, choice), key=lambda moment: moment.activations + moment.framework, default=None)
-    gpu["activations"] = worst.activations if worst else 0
-    gpu["framework"] = worst.framework if worst else FRAMEWORK_FIXED[w.device]
+    gpu["activations"], gpu["framework"] = _worst(w, choice)
     cpu["program"] = PROGRAM_BYTES
-    homes: tuple[tuple[str, Role], ...] = (("state", "weights"), ("state", "state"), ("gradient homes", "gradient"))
+    needs = _needs(w, choice)
     for tier in ("cpu", "cxl"):
-        for category, role in homes:
-            nbytes = sum(
-                item_bytes(u, role, w) for u, c in zip(w.units, choice.units, strict=True) if c.tier(role) == tier
-            )
-            found[tier][category] = found[tier].get(category, 0) + nbytes
+        found[tier]["state"] = sum(n.homes.get(tier, 0) * count for n, _, count in needs)
+        found[tier]["gradient homes"] = sum(n.waits.get(tier, 0) * count for n, _, count in needs)
     if w.device == "cpu":
         cpu["device"] = sum(gpu.values())
-    nvme["state"] = sum(store_bytes(u, w) for u in w.units)
+    if "store" not in w.worked_out:
+        w.worked_out["store"] = sum(store_bytes(u, w) for u in w.units), sum(gradient_home(u, w) for u in w.units)
     # reserved wherever gradients wait today, so that a run can go on with another RAM budget
-    nvme["gradients"] = sum(gradient_home(u, w) for u in w.units)
+    nvme["state"], nvme["gradients"] = w.worked_out["store"]
     nvme["striping"] = STRIPE_BYTES * nvme_paths if nvme_paths > 1 else 0
     return {tier: {category: n for category, n in sizes.items() if n} for tier, sizes in found.items()}

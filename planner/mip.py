@@ -83,9 +83,9 @@ class _Model:
         return self.problem.add_variable(name, 0, 1, "Integer")
 
     def _groups(self) -> list[_Group]:
-        members: dict[Any, list[int]] = {}
-        for i, unit in enumerate(self.w.units):
-            members.setdefault(unit.key, []).append(i)
+        members: dict[int, list[int]] = {}
+        for i, first in enumerate(self.w.alike):
+            members.setdefault(first, []).append(i)
         return [self._group(number, group) for number, group in enumerate(members.values())]
 
     def _group(self, number: int, members: list[int]) -> _Group:

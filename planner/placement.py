@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from offload.planner.choice import Choice, Role
-from offload.planner.memory import item_bytes, peaks, reserve
+from offload.planner.memory import item_sizes, peaks, reserve
 from offload.planner.plan import Budgets, Buffers, Hardware, Workload
 from offload.planner.timing import Estimate, estimate, whole_step
 
@@ -69,8 +69,8 @@ class Problem:
         """Bytes in CXL memory that the optimizer works on, which wants them near."""
         if not self.limit["cxl"]:
             return 0
-        found = zip(self.w.units, choice.units, strict=True)
-        return sum(item_bytes(u, role, self.w) for u, c in found for role in TOUCHED if c.tier(role) == "cxl")
+        found = zip(item_sizes(self.w), choice.units, strict=True)
+        return sum(sizes[role] for sizes, c in found for role in TOUCHED if c.tier(role) == "cxl")
 
 
 def orders(w: Workload) -> Iterator[list[Item]]:
@@ -93,16 +93,17 @@ def orders(w: Workload) -> Iterator[list[Item]]:
 
 def home(i: int, w: Workload) -> int:
     """Bytes of the unit's weights and state."""
-    return item_bytes(w.units[i], "weights", w) + item_bytes(w.units[i], "state", w)
+    sizes = item_sizes(w)[i]
+    return sizes["weights"] + sizes["state"]
 
 
 def fill(w: Workload, base: Choice, order: list[Item], room: Mapping[str, int]) -> Choice:
     """`base` with the longest prefix of `order` that fits into RAM, and then into CXL memory what still fits there."""
-    units, left = list(base.units), room.get("cpu", 0)
+    units, left, sizes = list(base.units), room.get("cpu", 0), item_sizes(w)
     for i, role in order:
         if units[i].tier(role) != "nvme":
             continue
-        need = item_bytes(w.units[i], role, w)
+        need = sizes[i][role]
         if need > left:
             break
         left -= need
@@ -112,10 +113,10 @@ def fill(w: Workload, base: Choice, order: list[Item], room: Mapping[str, int]) 
 
 def fill_cxl(w: Workload, base: Choice, order: list[Item], room: int, roles: Sequence[Role]) -> Choice:
     """`base` with what it leaves on NVMe, of these roles one after the other, in `room` bytes of CXL memory."""
-    units = list(base.units)
+    units, sizes = list(base.units), item_sizes(w)
     for wanted in roles if room > 0 else ():
         for i, role in order:
-            need = item_bytes(w.units[i], role, w)
+            need = sizes[i][role]
             if role == wanted and units[i].tier(role) == "nvme" and 0 < need <= room:
                 room -= need
                 units[i] = units[i].with_tier(role, "cxl")
@@ -125,9 +126,9 @@ def fill_cxl(w: Workload, base: Choice, order: list[Item], room: int, roles: Seq
 def top_up(p: Problem, choice: Choice) -> Choice:
     """The choice with whatever else fits into RAM, in the first order: it spares the drive, and the optimizer CXL
     memory."""
-    units, room = list(choice.units), p.room(choice)["cpu"]
+    units, room, sizes = list(choice.units), p.room(choice)["cpu"], item_sizes(p.w)
     for i, role in next(orders(p.w)):
-        need = item_bytes(p.w.units[i], role, p.w)
+        need = sizes[i][role]
         far = units[i].tier(role) == "nvme" or (role in TOUCHED and units[i].tier(role) == "cxl")
         if far and need <= room:
             room -= need

@@ -172,6 +172,17 @@ class Workload:
         )
         return replace(self, units=units, head_chunks=count)
 
+    @cached_property
+    def alike(self) -> tuple[int, ...]:
+        """Of each unit the number of the first one that costs the same."""
+        first: dict[object, int] = {}
+        return tuple(first.setdefault(u.key, i) for i, u in enumerate(self.units))
+
+    @cached_property
+    def worked_out(self) -> dict[Any, Any]:
+        """What follows from the workload, kept for the next time it is asked for: planning asks thousands of times."""
+        return {}
+
     @property
     def tokens(self) -> int:
         """Tokens per step, padding counted."""

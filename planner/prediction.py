@@ -41,12 +41,16 @@ def predict(w: Workload, hw: Hardware, choice: Choice, memory: bool = False) -> 
     begin, end = times.end[ends[0]], times.end[ends[1]]
     lane_seconds = dict.fromkeys(LANES, 0.0)
     busy = [0.0] * len(program.resources)
+    taken = {
+        lane: [(r, shares[lane]) for r, shares in enumerate(program.resources) if lane in shares]
+        for lane in set(program.lane)
+    }
     for op in range(builder.first_of_second, len(program.lane)):
         lane = program.lane[op]
         if lane in lane_seconds:
             lane_seconds[lane] += program.seconds[op]
-        for r, shares in enumerate(program.resources):
-            busy[r] += shares.get(lane, 0.0) * program.seconds[op]
+        for r, share in taken[lane]:
+            busy[r] += share * program.seconds[op]
     # Writes that nothing waits for pile up over two steps; over many, no resource can be busy longer than the step.
     # CXL memory is used by operations of several lanes at once.
     seconds = max(end - begin, *busy, (step.forward.cxl + step.backward.cxl) / hw.cxl)

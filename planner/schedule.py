@@ -13,7 +13,7 @@ from offload.planner.choice import Choice, swaps
 from offload.planner.memory import UPDATE_COUNT, is_large, reserve
 from offload.planner.plan import Hardware, UnitProfile, Workload
 from offload.planner.simulator import Program
-from offload.planner.timing import Work, adamw_rate, copy_rates, stage_resources, unit_work
+from offload.planner.timing import adamw_rate, copy_rates, stage_resources, unit_work
 
 MANY_UNITS = 48  # beyond this, a unit is moved in fewer pieces: the pipeline is long enough to hide the difference
 
@@ -44,12 +44,9 @@ class Builder:
 
     def __init__(self, w: Workload, hw: Hardware, choice: Choice, commit_every: int) -> None:
         self.w, self.hw, self.choice = w, hw, choice
-        known: dict[object, Work] = {}
-        for unit, c in zip(w.units, choice.units, strict=True):
-            key = (unit.key, c)
-            if key not in known:
-                known[key] = unit_work(unit, c, w, hw)
-        self.work = [known[u.key, c] for u, c in zip(w.units, choice.units, strict=True)]
+        pairs = list(zip(w.alike, choice.units, strict=True))
+        known = {(i, c): unit_work(w.units[i], c, w, hw) for i, c in dict.fromkeys(pairs)}
+        self.work = [known[pair] for pair in pairs]
         self.every = max(1, commit_every)
         self.program = Program(stage_resources(w, hw))
         self.copy_in, self.copy_out = copy_rates(w, hw)

@@ -33,7 +33,7 @@ class Program:
         self.lane.append(lane)
         self.queue.append(queue)
         self.seconds.append(seconds)
-        self.after.append(tuple(x for x in after if x is not None))
+        self.after.append(tuple([x for x in after if x is not None]))
         self.label.append((what, unit))
         return len(self.lane) - 1
 
@@ -66,7 +66,8 @@ def run(program: Program) -> Timeline:
     queues: dict[str, list[int]] = {}
     for op in range(count - 1, -1, -1):
         queues.setdefault(program.queue[op], []).append(op)  # reversed: the head is the last
-    demands = [program.demands(lane) for lane in program.lane]
+    of_lane = {lane: program.demands(lane) for lane in set(program.lane)}
+    demands = [of_lane[lane] for lane in program.lane]
     left = list(program.seconds)
     usage = [0.0] * len(program.resources)
     running: list[int] = []

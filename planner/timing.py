@@ -8,9 +8,10 @@ and what a search can afford; the simulator's time is what is promised.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 
-from offload.planner.choice import Choice, UnitChoice
+from offload.planner.choice import Choice, UnitChoice, runs
 from offload.planner.memory import away_bytes, gradient_bytes, home_bytes, item_bytes, weight_bytes
 from offload.planner.plan import LANES, Hardware, UnitProfile, Workload, ZerothOrder
 
@@ -202,12 +203,16 @@ def _zeroth_order_step(unit: UnitProfile, c: UnitChoice, w: Workload, zo: Zeroth
 
 def whole_step(w: Workload, hw: Hardware, choice: Choice) -> Step:
     """The step's traffic; equal units are worked out once."""
-    alike: dict[tuple[object, UnitChoice], list[UnitProfile]] = {}
-    for unit, c in zip(w.units, choice.units, strict=True):
-        alike.setdefault((unit.key, c), []).append(unit)
+    counts: Counter[tuple[int, UnitChoice]] = Counter()
+    for i, c, count in runs(w, choice):
+        counts[i, c] += count
+    # `hw` is kept with its steps, so that no other machine can get its id
+    known: dict[tuple[int, UnitChoice], Step] = w.worked_out.setdefault(("steps", id(hw)), (hw, {}))[1]
     total = Step()
-    for (_, c), units in alike.items():
-        total.add(unit_step(units[0], c, w, hw), len(units))
+    for key, count in counts.items():
+        if key not in known:
+            known[key] = unit_step(w.units[key[0]], key[1], w, hw)
+        total.add(known[key], count)
     return total
 
 

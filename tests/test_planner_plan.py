@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 
 import pytest
@@ -20,7 +21,9 @@ from offload.planner import (
     make_plan,
     reserve,
 )
+from offload.planner.activations import shares
 from offload.planner.choice import nothing_in_ram
+from offload.planner.memory import away_bytes, moments, peaks
 from offload.planner.prediction import predict
 from offload.planner.timing import whole_step
 
@@ -242,6 +245,44 @@ def test_bytes_per_parameter_with_everything_on_nvme() -> None:
         fewer = 2 * choice.block_slots * units[0].trainable / parameters
         simulated_read = simulated.lane_seconds["nvme_read"] * MACHINE.nvme_read / parameters
         assert read - 2 * fewer - 1e-6 <= simulated_read <= read - fewer + 1e-6
+
+
+def test_the_peaks_are_the_worst_of_the_moments() -> None:
+    """Though neighbours that are alike are added up at once: with what differs from unit to unit, too."""
+    generator = random.Random(0)
+    for _ in range(50):
+        units = tuple(
+            replace(
+                u, boundary_bytes=generator.choice([0, u.boundary_bytes]), saved=(4096,) * generator.choice([2, 2, 9])
+            )
+            for u in stack(generator.randint(1, 9), 64, 512, tied=generator.random() < 0.5)
+        )
+        w = Workload(
+            units, generator.choice([1, 4]), 1, 512, "bfloat16", generator.random() < 0.5, activations="plan",
+            device=generator.choice(["cpu", "cuda"]),
+        )  # fmt: skip
+        choice = nothing_in_ram(w)
+        changed = [shares(c, w, *generator.choice([(0.5, {"cpu": 0.25}), (1.0, {}), (0.0, {})])) for c in choice.units]
+        tiers = [generator.choice(["gpu", "cpu", "nvme"]) for _ in changed]
+        homes = [generator.choice(["cpu", "cxl", "nvme"]) for _ in changed]
+        choice = replace(choice, units=tuple(
+            replace(c, boundary=tier, weights=home, state=home, gradient=home)
+            for c, tier, home in zip(changed, tiers, homes, strict=True)
+        ))  # fmt: skip
+        found = peaks(w, reserve(w, 2, choice), choice)
+        worst = max(moments(w, choice), key=lambda moment: moment.activations + moment.framework)
+        assert found["gpu"].get("activations", 0) == worst.activations
+        assert found["gpu"]["framework"] == worst.framework
+        pairs = list(zip(units, homes, strict=True))
+        for tier in ("cpu", "cxl"):
+            state = sum(sum(home_bytes(u, w).values()) for u, home in pairs if home == tier)
+            assert found[tier].get("state", 0) == state
+            waiting = sum(gradient_home(u, w) for u, home in pairs if home == tier)
+            assert found[tier].get("gradient homes", 0) == waiting
+        for tier in ("cpu", "nvme"):
+            away = sum(away_bytes(u, c, tier, w) for u, c in zip(units, choice.units, strict=True))
+            reserved = {b.name: b.nbytes for b in reserve(w, 2, choice)}
+            assert reserved.get(f"activations.{tier}", 0) == away
 
 
 def test_a_solver_that_is_unknown_is_refused() -> None:
