@@ -7,6 +7,7 @@ random weights, run, and its weights dropped; the units between are passed over.
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import gc
 import hashlib
@@ -14,7 +15,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from offload.planner.tracer import (
     template,
 )
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 LONGEST = 6.0  # seconds: a unit whose forward and backward are expected to take longer is not timed
 REPEATS = 3
@@ -58,26 +60,40 @@ def timed(
     backward: bool = True,
     refresh: bool = False,
 ) -> Profile:
-    """`profile` with measured seconds where every unit can be timed within `LONGEST`, a quarter of the free memory and
+    """`profile` with measured seconds of the units that can be timed within `LONGEST`, a quarter of the free memory and
     `budget`: bytes of the device's memory that the run may take, so that nothing before it takes more.
 
     Without `backward` the backward seconds are those of the loss alone.
-    The model, on meta or not, is not touched. What cannot be run keeps the estimate from its operations, with a note.
+    The model, on meta or not, is not touched. What is not run keeps the estimate from its operations, with a note.
     """
     rate = hardware.matrix_rate(str(dtype).removeprefix("torch."))
     room = (hardware.cpu_bytes if device == "cpu" else hardware.gpu_bytes) // 4
     room = room if budget is None else min(room, budget)
-    for name, _, modules in units:
-        cost = profile.costs[name]
-        if 4 * cost.forward_flops / rate > LONGEST or _bytes_to_time(cost, modules, profile, dtype) > room:
-            return replace(profile, notes=(*profile.notes, f"times: {name} is too large to be timed at start-up"))
-    key = _key(model, units, micro_batch, sequence_length, dtype, device, backward)
+    costs = profile.costs
+    large = [
+        name
+        for name, _, modules in units
+        if 4 * costs[name].forward_flops / rate > LONGEST
+        or _bytes_to_time(costs[name], modules, profile, dtype) > room
+    ]
+    if large:
+        told = large[0] if len(large) == 1 else f"{large[0]} and {len(large) - 1} more"
+        note = f"times: too large to be timed at start-up and estimated from operations: {told}"
+        profile = replace(profile, notes=(*profile.notes, note))
+    if all(name in large or not costs[name].visits for name, _, _ in units):
+        return profile
+    # the loss follows the last visit, and is not there without it
+    visits = sum(cost.visits for cost in costs.values())
+    stop = visits - 1 if any(costs[name].kept for name in large) else visits
+    key = _key(model, units, micro_batch, sequence_length, dtype, device, backward, large)
     found = None if refresh else _load(key)
     if found is None:
         whole = sum(p.numel() for p in model.parameters()) <= ALL_VISITS
         for collects in (False, True) if whole else (False,):
             try:
-                found = _measure(model, units, micro_batch, sequence_length, dtype, device, backward, collects)
+                found = _measure(
+                    model, units, micro_batch, sequence_length, dtype, device, backward, collects, large, stop
+                )
                 break
             except Exception as error:  # a model's own code on random weights may raise anything; a plan is wanted
                 reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
@@ -87,7 +103,7 @@ def timed(
         _save(key, found)
     costs = {
         name: replace(cost, forward_seconds=found[name][0], backward_seconds=found[name][1]) if name in found else cost
-        for name, cost in profile.costs.items()
+        for name, cost in costs.items()
     }
     return replace(profile, costs=costs)
 
@@ -104,6 +120,10 @@ def _bytes_to_time(cost: UnitCost, modules: Sequence[nn.Module], profile: Profil
 
 
 _Place = tuple[nn.Module, str]
+
+
+class _Enough(Exception):
+    """Ends a forward of which the rest is not to be run."""
 
 
 @dataclass
@@ -135,11 +155,16 @@ class _Timer(Tracer):
 
     dtype: torch.dtype = torch.float32
     collects: bool = False  # the model takes tensors from inside its units, so every visit has to run
+    large: Collection[str] = ()  # units that are not run: only the shapes of their outputs are worked out
+    stop: int = -1  # the visit at which the pass ends
     restore: dict[_Place, nn.Parameter] = field(default_factory=dict)
 
     def visit(self, name: str, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if len(self.visits) == self.stop:
+            raise _Enough
         last = len(self.visits) == self.last
-        real = _materialize(module, self.dtype, self.device) if last or self.collects else {}
+        self._runs = name not in self.large
+        real = _materialize(module, self.dtype, self.device) if last or (self.collects and self._runs) else {}
         try:
             return super().visit(name, module, forward, args, kwargs)
         finally:
@@ -151,6 +176,8 @@ class _Timer(Tracer):
     def _measure(
         self, module: nn.Module, forward: Callable[..., Any], flat: list[Any], spec: pytree.TreeSpec, grad: bool
     ) -> Any:
+        if not self._runs:
+            return contextvars.Context().run(self._unrun, module, forward, flat, spec)
         real = _materialize(module, self.dtype, self.device)
         cost = UnitCost()
         try:
@@ -161,6 +188,19 @@ class _Timer(Tracer):
             _give_back(real)
         storages = {x.untyped_storage()._cdata: i for i, x in enumerate(flat) if isinstance(x, Tensor)}
         return _Timed(cost, [template(x, storages) for x in outputs], out_spec, self.collects)
+
+    def _unrun(self, module: nn.Module, forward: Callable[..., Any], flat: list[Any], spec: pytree.TreeSpec) -> _Timed:
+        """The shapes of what the unit returns, from a run on tensors without memory."""
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
+            inputs = [fake.from_tensor(x) if isinstance(x, Tensor) else x for x in flat]
+            weights = _materialize(module, self.dtype, self.device)
+            try:
+                args, kwargs = pytree.tree_unflatten(inputs, spec)
+                outputs, out_spec = pytree.tree_flatten(forward(*args, **kwargs))
+            finally:
+                _give_back(weights)
+            storages = {x.untyped_storage()._cdata: i for i, x in enumerate(inputs) if isinstance(x, Tensor)}
+            return _Timed(UnitCost(), [template(x, storages) for x in outputs], out_spec)
 
     def _forward(
         self, forward: Callable[..., Any], flat: list[Any], spec: pytree.TreeSpec
@@ -213,8 +253,11 @@ def _measure(
     device: str,
     with_backward: bool,
     collects: bool,
+    large: Collection[str],
+    stop: int,
 ) -> dict[str, tuple[float, float]]:
-    """(forward, backward) seconds by unit name, summed over the unit's visits in one forward."""
+    """(forward, backward) seconds by unit name, summed over the unit's visits in one forward; those in `large` are not
+    run, nor is anything from visit `stop` on."""
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         clone = _clone(model, dtype, device)
@@ -229,16 +272,24 @@ def _measure(
         for p in clone.parameters():
             if p.requires_grad and not p.is_meta:
                 p.register_post_accumulate_grad_hook(_free)
-        first = _Timer(_Seconds(), device, owners, dtype=dtype, collects=collects)  # type: ignore[arg-type]
+        seconds: Any = _Seconds()
+        first = _Timer(seconds, device, owners, dtype=dtype, collects=collects, large=large, stop=stop)
+        whole = True
         with boundaries(clone, first):
-            loss_of(clone(**batch))
+            try:
+                loss_of(clone(**batch))
+            except _Enough:
+                whole = False
         first.tape.clear()
-        tail = min(_tail(clone, batch, owners, first, dtype, device) for _ in range(2))
+        tail = min(_tail(clone, batch, owners, first, dtype, device) for _ in range(2)) if whole else 0.0
     found: dict[str, tuple[float, float]] = {}
     for i, (name, passed) in enumerate(first.visits):
+        if name in large:
+            continue
         forward, back = found.get(name, (0.0, 0.0))
         one = passed.cost
-        once = max(0.0, tail - one.forward_seconds) if i == len(first.visits) - 1 else one.backward_seconds
+        last = whole and i == len(first.visits) - 1
+        once = max(0.0, tail - one.forward_seconds) if last else one.backward_seconds
         found[name] = (forward + one.forward_seconds, back + once)
     return found
 
@@ -253,7 +304,10 @@ def _tail(
 ) -> float:
     """Seconds from the last visit's forward through the loss to the end of its backward."""
     last = len(first.visits) - 1
-    timer = _Timer(_Seconds(), device, owners, first.traced, last=last, dtype=dtype, collects=first.collects)  # type: ignore[arg-type]
+    seconds: Any = _Seconds()
+    timer = _Timer(
+        seconds, device, owners, first.traced, last=last, dtype=dtype, collects=first.collects, large=first.large
+    )
     with boundaries(clone, timer):
         loss = loss_of(clone(**batch))
     try:
@@ -263,7 +317,7 @@ def _tail(
         backward(outputs, [x.grad if isinstance(x, Tensor) else None for x in leaves])
         if device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - timer.live.begin  # type: ignore[attr-defined]
+        return time.perf_counter() - float(seconds.begin)
     finally:
         _give_back(timer.restore)
 
@@ -328,6 +382,7 @@ def _key(
     dtype: torch.dtype,
     device: str,
     backward: bool,
+    large: Sequence[str],
 ) -> str:
     """Equal for what takes the same time: machine, shapes, and units told apart as the profile does."""
     kinds = sorted({repr(signature(m, [], pytree.tree_flatten(())[1])) for _, _, modules in units for m in modules})
@@ -335,6 +390,8 @@ def _key(
     parts.append([(kind, len(modules)) for _, kind, modules in units])
     if not backward:
         parts.append("forward only")
+    if large:
+        parts.append(("unrun", *large))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
 
 

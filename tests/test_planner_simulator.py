@@ -199,6 +199,37 @@ def test_units_are_not_timed_beyond_the_runs_budget(tmp_path: object, monkeypatc
     assert found.costs == profile.costs and "too large to be timed" in found.notes[-1]
 
 
+@pytest.mark.parametrize(("name", "tied"), [("llama", False), ("llama", True), ("mixtral", False)])
+def test_only_what_is_too_large_is_not_timed(
+    name: str, tied: bool, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table of many words keeps no block from being timed; the loss behind the head is not run then either."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made: list[int] = []
+    normal = torch.Tensor.normal_
+    model = zoo.make(name, vocab_size=60_000, tie_word_embeddings=tied)
+    monkeypatch.setattr(
+        torch.Tensor, "normal_",
+        lambda x, *args: (type(x) is torch.Tensor and made.append(x.nbytes), normal(x, *args))[1],
+    )  # fmt: skip
+    units = [(u.name, u.kind, u.modules) for u in find_units(model)]
+    profile = profile_model(model, units, micro_batch=2, sequence_length=16, dtype=torch.float32)
+    table, made[:] = 60_000 * model.config.hidden_size * 4, []
+    found = timed(
+        profile, model, units, replace(MACHINE, cpu_bytes=GIB), micro_batch=2, sequence_length=16,
+        dtype=torch.float32, device="cpu", budget=table,
+    )  # fmt: skip
+    assert len(found.notes) == len(profile.notes) + 1 and "too large to be timed" in found.notes[-1]
+    assert made and max(made) < table
+    for unit, kind, _ in units:
+        cost = found.costs[unit]
+        if kind == "block":
+            assert 0 < cost.forward_seconds < 5 and 0 < cost.backward_seconds < 5
+        else:
+            assert cost == profile.costs[unit]
+    assert all(p.device.type == "cpu" and not p.is_meta for p in model.parameters())
+
+
 def test_weights_for_timing_go_at_once() -> None:
     """Not with the next collection: the next unit's weights come beside them."""
     layer = torch.nn.Sequential(torch.nn.Linear(8, 8, device="meta"))
