@@ -171,7 +171,7 @@ def _improved(best: Decision, time_limit: float) -> Decision:
     except ImportError as error:  # the greedy choice needs no PuLP
         return fall_back(error)
     try:
-        solution = solve(p, time_limit)
+        solution = solve(p, time_limit, best.choice)
     except SolverFailed as error:
         return fall_back(error)
     status = "optimal" if solution.optimal else "feasible"

@@ -15,7 +15,7 @@ from typing import Any
 
 import pulp
 from offload.planner.activations import can_choose, shares
-from offload.planner.choice import Choice, UnitChoice, nothing_in_ram
+from offload.planner.choice import Choice, Role, UnitChoice, nothing_in_ram
 from offload.planner.memory import FRAMEWORK_MARGIN, PAGE, item_bytes, kept_workspace, moments, round_up, store_staging
 from offload.planner.placement import ROLES, Problem, top_up
 from offload.planner.plan import UnitProfile
@@ -39,7 +39,7 @@ class Solution:
 class _Group:
     members: list[int]
     unit: UnitProfile
-    roles: dict[tuple[str, str], Any]  # (role, tier): units that have it there
+    roles: dict[tuple[Role, str], Any]  # (role, tier): units that have it there
     boundaries: dict[str, Any]
     kept: Any = 0  # of micro-batches of all members
     recomputed: Any = 0
@@ -48,10 +48,12 @@ class _Group:
     any_swap: Any = 0
 
 
-def solve(p: Problem, time_limit: float) -> Solution:
-    """The best choice the solver finds. Raises SolverFailed when it crashes or ends with no incumbent."""
+def solve(p: Problem, time_limit: float, start: Choice | None = None) -> Solution:
+    """The best choice found from `start` on. Raises SolverFailed when the solver crashes or ends with no incumbent."""
     begin = time.perf_counter()
     model = _Model(p)
+    if start is not None:
+        model.begin_from(start)
     optimal = run(model.problem, time_limit, GAP)
     choice = model.choice()
     if min(p.room(choice)[tier] for tier in ("gpu", "cpu", "cxl")) < 0:
@@ -242,6 +244,16 @@ class _Model:
         if terms:
             scale = float(max(abs(room), max(abs(n) for n, _ in terms), 1))
             self.problem += pulp.lpSum(n / scale * x for n, x in terms) <= room / scale - TOLERANCE
+
+    def begin_from(self, start: Choice) -> None:
+        """Give the homes the counts of `start`; the solver looks for the activations that go with them.
+
+        Not the activations too: their bytes are bounded from above here, so that those of `start` are too many in half
+        of all cases, and solvers drop a start that is not feasible.
+        """
+        for g in self.groups:
+            for (role, tier), x in g.roles.items():
+                x.setInitialValue(sum(start.units[i].tier(role) == tier for i in g.members))
 
     def choice(self) -> Choice:
         """The solved counts as a choice: of each group the last units first; what is recomputed is spread evenly among

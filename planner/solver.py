@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pulp
+
+
+class _Started(pulp.HiGHS):
+    """HiGHS that begins from the values that integer variables have, which PuLP does not hand over.
+
+    It works out the other variables, and goes on without a start where it finds no values for them.
+    """
+
+    def buildSolverModel(self, lp: pulp.LpProblem) -> None:
+        super().buildSolverModel(lp)
+        start = {v.index: float(v.varValue) for v in lp.variables() if v.cat == "Integer" and v.varValue is not None}
+        if start:
+            numbers, values = np.array(list(start), np.int32), np.array(list(start.values()))
+            lp.solverModel.setSolution(len(start), numbers, values)
 
 
 class SolverFailed(Exception):
@@ -15,7 +30,7 @@ def run(problem: pulp.LpProblem, time_limit: float, gap: float) -> bool:
     Returns whether they are proven to be optimal. Raises SolverFailed when the solver crashes or has no solution.
     """
     try:
-        solver = pulp.HiGHS(msg=False, timeLimit=time_limit, gapRel=gap)
+        solver = _Started(msg=False, timeLimit=time_limit, gapRel=gap)
         if not solver.available():
             solver = pulp.PULP_CBC_CMD(msg=False, timeLimit=time_limit, gapRel=gap, warmStart=True)
         problem.solve(solver)

@@ -18,6 +18,7 @@ from offload.planner.decide import decide, greedy
 from offload.planner.memory import item_bytes
 from offload.planner.mip import solve
 from offload.planner.placement import ROLES, Problem
+from offload.planner.solver import SolverFailed
 
 GIB = 1 << 30
 MACHINE = Hardware("test", 0, 0, {"bfloat16": 1e13, "float32": 1e13}, 2e10, 2e10, 1e10, 2e9, 1e9, 2e9)
@@ -121,6 +122,27 @@ def test_eighty_units_are_planned_in_seconds() -> None:
     plan = make_plan(w, Budgets(24 * GIB, 100 * GIB, 0, (("/a", 800 * GIB),)), MACHINE, "mip")
     assert time.process_time() - begin < 5  # under three with two cores to itself
     assert plan.fits and plan.solver["name"] == "mip" and plan.solver["status"] == "optimal"
+
+
+@pytest.mark.parametrize("seed", [0, 3, 5, 6])
+def test_the_solver_begins_from_the_greedy_choice(seed: int) -> None:
+    """With no time at all it has that, where it had nothing."""
+    p = instance(seed, 8)
+    quick = decide(p.w, p.budgets, MACHINE, "greedy")
+    with pytest.raises(SolverFailed):
+        solve(quick.problem, 0.0)
+    found = solve(quick.problem, 0.0, quick.choice)
+    assert not found.optimal
+    assert p.estimate(found.choice).step_seconds <= p.estimate(quick.choice).step_seconds * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_start_changes_no_optimum(seed: int) -> None:
+    p = instance(seed, 8, "plan")
+    quick = decide(p.w, p.budgets, MACHINE, "greedy")
+    known, found = (solve(quick.problem, 10.0, start) for start in (None, quick.choice))
+    seconds = p.estimate(known.choice).step_seconds
+    assert known.optimal and found.optimal and p.estimate(found.choice).step_seconds == pytest.approx(seconds, rel=1e-4)
 
 
 def test_a_solver_that_crashes_falls_back_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
