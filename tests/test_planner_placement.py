@@ -120,7 +120,7 @@ def test_eighty_units_are_planned_in_seconds() -> None:
     w = Workload(blocks, 4, 1, 1024, "bfloat16", True, "auto", activations="plan")
     begin = time.process_time()
     plan = make_plan(w, Budgets(24 * GIB, 100 * GIB, 0, (("/a", 800 * GIB),)), MACHINE, "mip")
-    assert time.process_time() - begin < 5  # under three with two cores to itself
+    assert time.process_time() - begin < 3  # one, where nothing else runs
     assert plan.fits and plan.solver["name"] == "mip" and plan.solver["status"] == "optimal"
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedModel,
 )
+
+import offload
 
 SMALL: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -329,6 +332,24 @@ def test_a_large_model_is_planned_from_its_config_in_seconds(
     assert plan.categories["nvme"]["state"] == pytest.approx(24 * parameters, rel=0.01)
     # a step is at least its matrix products: 2 forward, 4 backward and 2 recomputed per parameter and token
     assert plan.lane_seconds["compute"] > 7.5 * parameters * workload.tokens / hardware.matrix_flops["bfloat16"] * 0.9
+
+
+def test_the_largest_model_is_planned_with_advice_in_seconds(tmp_path: Path) -> None:
+    """405 G parameters in 126 blocks: ten plans, of which the first is the solver's, and two passes of the profile."""
+    keys = LLAMA_70B | {
+        "hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126, "num_attention_heads": 128,
+    }  # fmt: skip
+    config = {
+        "model": {"architecture": {"model_type": "llama", **keys, "tie_word_embeddings": False}, "dtype": "bfloat16"},
+        "train": {"micro_batch_size": 1, "global_batch_size": 16},
+        "memory": {"nvme": [{"path": str(tmp_path), "size": "12TB"}]},
+        "output": str(tmp_path / "run"),
+    }
+    begin = time.process_time()
+    plan = offload.plan(config, hardware="h200")
+    assert time.process_time() - begin < 20  # nine where nothing else runs
+    assert sum(u.parameters for u in plan.units) == pytest.approx(405.9e9, rel=0.001)
+    assert plan.fits and plan.solver["name"] == "mip" and plan.advice
 
 
 REAL = """
