@@ -48,8 +48,8 @@ class Heap:
         """A micro-batch passes a unit next: trim if the process holds more than is planned with what the pass takes.
 
         Args:
-            kind: of the unit, and the direction. What a pass left is used again by the next of its kind and is of no
-                use to others, and the activations that backward has used up stay only among units of one kind.
+            kind: of the unit, and the direction. Of what a pass left, the next of its kind uses about half again and
+                others nothing, and the activations that backward has used up stay only among units of one kind.
             held: bytes of activations that are alive.
             coming: bytes that the pass may take, HEAP_KEEPS of them for what the heap has free now.
         """
@@ -60,7 +60,8 @@ class Heap:
         since = max(0, held - self._held) if again else held - self._held
         tight = self._resident + since
         holes = resident - tight
-        taken = max(holes, self._coming) if again else holes + self._coming
+        smaller, larger = sorted((holes, self._coming))
+        taken = larger + (smaller // 2 if again else smaller)
         if holes > HEAP_KEEPS and self._leaves(tight + taken):
             self._trim(0)
             self._resident, self._held = _resident_bytes(), held
