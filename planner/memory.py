@@ -26,7 +26,7 @@ UPDATE_COUNT = 3  # read ahead, update, write behind
 # What a run's process has beyond its footprint when all buffers and tensors are gone: kernels that oneDNN compiled and
 # their scratch, modules imported late, threads' stacks and heaps, objects of tape, trace and requests: 32 to 47 MiB in
 # four families, bfloat16 and float32. And what planning leaves: a run begins 40 to 65 MiB above the footprint.
-PROGRAM_BYTES = 96 * MIB
+PROGRAM_BYTES = 104 * MIB
 STRIPE_BYTES = 8 * MIB  # the store's stripe: each path may hold one more than its exact share
 
 # The traced peak of a unit was compared with the real one (resident memory, its maximum reset before each pass) for
