@@ -21,7 +21,7 @@ from typing import Any, Self
 import torch
 
 from offload.io import Ledger
-from offload.memory import tree_pss
+from offload.memory import beyond_pss, tree_pss
 from offload.trace import Trace
 
 INTERVAL = 0.02  # seconds between readings
@@ -127,8 +127,7 @@ class MemoryRecord:
         """Take one reading now; with `pages`, sum up the process's pages if that is due."""
         now = time.perf_counter()
         if pages and now >= self._next_pss:
-            pss, rss = tree_pss(), self._rss()[0]
-            self._shared = rss - pss
+            self._shared = beyond_pss()  # counted at once: tensors come and go between two readings
             self._next_pss = time.perf_counter() + (time.perf_counter() - now) / SHARE
         rss, highest = self._rss()
         device, device_peak = self._allocated()

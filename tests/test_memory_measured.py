@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 from offload import report
-from offload.memory import tree_pss
+from offload.memory import process_tree, resident_and_pss
 
 PROGRAM = """
 import json, sys
@@ -28,11 +28,16 @@ sys.stdin.read()
 """
 
 
-def resident(pid: int) -> tuple[int, int]:
-    """Bytes of a process in RAM: now, and at most since the run began to reserve, as the kernel counts them."""
+def resident_peak(pid: int) -> int:
+    """Bytes of a process that were in RAM at most since the run began to reserve, as the kernel counts them."""
     text = Path(f"/proc/{pid}/status").read_text()
-    now, most = (int(re.search(rf"{key}:\s+(\d+) kB", text)[1]) for key in ("VmRSS", "VmHWM"))  # type: ignore[index]
-    return now * 1024, most * 1024
+    return int(re.search(r"VmHWM:\s+(\d+) kB", text)[1]) * 1024  # type: ignore[index]
+
+
+def beyond(pid: int) -> int:
+    """Resident bytes of a process beyond the PSS of its tree."""
+    counted = [resident_and_pss(member) for member in process_tree(pid)]
+    return counted[0][0] - sum(pss for _, pss in counted)
 
 
 def test_the_section_adds_up_to_what_the_system_measured(tmp_path: Path) -> None:
@@ -60,11 +65,11 @@ def test_the_section_adds_up_to_what_the_system_measured(tmp_path: Path) -> None
         shared: list[int] = []  # pages of libraries count by their share, which changes as other programs come and go
         while watched.is_alive():
             watched.join(0.1)
-            now, most = resident(program.pid)
+            most = resident_peak(program.pid)
             if most < highest:  # the run begins, and the kernel counts anew
                 del shared[:-1]
             highest = most
-            shared.append(now - tree_pss(program.pid))
+            shared.append(beyond(program.pid))
         program.stdin.close()
     assert program.returncode == 0
     memory = json.loads((tmp_path / "run" / "memory.json").read_text())
