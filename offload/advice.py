@@ -13,6 +13,7 @@ from offload.prepare import Prepared, prepare
 from offload.run_data import RunData
 
 ADVISED_SECONDS = 60.0  # planned length of a run from which on its plan is compared with others before it starts
+ADVISED_AFTER = 10.0  # seconds that a short run took from which on two more, at its end, are worth it
 
 
 def advised(prepared: Prepared) -> Prepared:

@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from offload import models, preflight, report, run_place, rundir, tables
-from offload.advice import advised, advised_if_long
+from offload.advice import ADVISED_AFTER, advised, advised_if_long
 from offload.config import Config
 from offload.data import Dataset, open_dataset
 from offload.engine import Engine, Prepared, prepare
@@ -259,7 +259,7 @@ def _train(prepared: Prepared, steps: int, engine: Engine, dataset: Dataset, sto
     if world()[1] == 0:
         _save_model(engine, dataset.tokenizer)
     engine.close()
-    if not prepared.plan.advised:
+    if not prepared.plan.advised and time.perf_counter() - began > ADVISED_AFTER:
         run.write_plan(advised(prepared).plan.to_json())
     console.print(tables.run_table(report.summary(report.build(run.path))))
     console.print(f"took {clock(time.perf_counter() - began)}; model in {run.model_path}", highlight=False)

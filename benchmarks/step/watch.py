@@ -121,7 +121,8 @@ def _sample(pid: int) -> tuple[int, int, int]:
                 own[name] = int(rest.split()[0]) * 1024
     except (FileNotFoundError, ProcessLookupError):
         pass
-    return own["Pss"] + sum(map(memory.pss, memory.process_tree(pid)[1:])), own["Rss"], own["Pss"]
+    children = sum(memory.resident_and_pss(child)[1] for child in memory.process_tree(pid)[1:])
+    return own["Pss"] + children, own["Rss"], own["Pss"]
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
