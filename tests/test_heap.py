@@ -1,0 +1,67 @@
+"""When the heap is trimmed: where the coming pass would take the process out of its plan, and not before."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+from offload.io import yield_to_compute
+from offload.io.scheduling import NICENESS
+from offload.planner.memory import HEAP_KEEPS
+
+from offload import heap
+
+MIB = 1 << 20
+TIGHT, COMING = 100 * MIB, 60 * MIB  # resident when nothing is free, and what a pass may take
+
+
+class Process:
+    """A heap whose free bytes are told here; counts its trims."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, planned: int) -> None:
+        self.free, self.trims = 0, 0
+        monkeypatch.setattr(heap, "_resident_bytes", lambda: TIGHT + self.free)
+        self.heap = heap.Heap(used=True)
+        self.heap._trim = self._trim  # type: ignore[assignment]
+        self.heap._before = 0
+        self.heap.allow(planned, COMING)
+        self.heap._resident, self.heap._kind = TIGHT, "block"
+
+    def _trim(self, _: int) -> int:
+        self.free, self.trims = 0, self.trims + 1
+        return 1
+
+    def enter(self, free: int, kind: str = "block") -> int:
+        self.free = free
+        self.heap.enter(kind, 0, COMING)
+        return self.trims
+
+
+def test_the_next_of_a_kind_uses_half_of_what_is_free_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = 40 * MIB
+    fits = TIGHT + COMING + free // 2 - HEAP_KEEPS
+    assert Process(monkeypatch, fits).enter(free) == 0
+    assert Process(monkeypatch, fits - 1).enter(free) == 1
+    # what another kind left is of no use to it
+    assert Process(monkeypatch, fits + free // 2).enter(free, "head") == 0
+    assert Process(monkeypatch, fits + free // 2 - 1).enter(free, "head") == 1
+
+
+def test_what_the_plan_has_for_holes_is_never_trimmed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Process(monkeypatch, 0).enter(HEAP_KEEPS) == 0
+    assert Process(monkeypatch, 0).enter(HEAP_KEEPS + 1) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "setpriority"), reason="threads have no priority of their own here")
+def test_a_lane_yields_and_the_thread_that_computes_does_not() -> None:
+    before, found = os.getpriority(os.PRIO_PROCESS, threading.get_native_id()), []
+
+    def lane() -> None:
+        yield_to_compute()
+        found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    thread = threading.Thread(target=lane)
+    thread.start()
+    thread.join()
+    assert found == [NICENESS] and os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
