@@ -3,7 +3,8 @@
     python -m benchmarks.zo --json --out benchmarks/results/zo.json
 
 The loop in memory keeps the clean weights and a perturbed copy and takes its directions from the same noise; it is what
-MeZO does without offloading. RAM is the largest proportional set size of a process of its own.
+MeZO does without offloading, and builds its model in memory, as the engine beside it does: RAM there is the process's
+peak with that. `--ram` is what the command takes that makes its model unit by unit, with all weights on the SSD.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ import json
 import multiprocessing
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -33,6 +37,7 @@ from offload.prepare import prepare
 from offload.rundir import read_jsonl
 
 EPS, LR, LENGTH = 1e-3, 1e-6, 512
+RAM_BUDGET = "360MiB"  # of the command, whatever the model's size
 # Hidden size, layers, heads and inner size of OPT, and the GPU memory (GB) that ZO2 publishes for it.
 OPT = {
     "1.3B": (2048, 24, 32, 8192, 3.75), "2.7B": (2560, 32, 32, 10240, 4.14), "6.7B": (4096, 32, 32, 16384, 4.99),
@@ -41,15 +46,17 @@ OPT = {
 }  # fmt: skip
 
 
+def shape(layers: int, hidden: int) -> dict[str, Any]:
+    return {
+        "vocab_size": 2048, "hidden_size": hidden, "intermediate_size": hidden * 11 // 4 // 64 * 64,
+        "num_hidden_layers": layers, "num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64,
+        "max_position_embeddings": LENGTH, "use_cache": False,
+    }  # fmt: skip
+
+
 def model(layers: int, hidden: int) -> Any:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(
-        LlamaConfig(
-            vocab_size=2048, hidden_size=hidden, intermediate_size=hidden * 11 // 4 // 64 * 64,
-            num_hidden_layers=layers, num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64,
-            max_position_embeddings=LENGTH, use_cache=False,
-        )
-    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(LlamaConfig(**shape(layers, hidden)))
 
 
 def batches(count: int) -> list[dict[str, torch.Tensor]]:
@@ -153,6 +160,27 @@ def compare(layers: int, hidden: int, steps: int, directory: Path) -> dict[str, 
     }  # fmt: skip
 
 
+def ram_of_command(layers: int, hidden: int, directory: Path) -> dict[str, Any]:
+    """Peak PSS of `offload train` with all weights on the SSD, and what it was before the first step."""
+    cfg = config(directory, RAM_BUDGET)
+    cfg["model"]["architecture"] = {"model_type": "llama", **shape(layers, hidden)}
+    text = Path(__file__).parent.parent / "examples" / "quickstart.txt"
+    cfg["data"] = {"path": str(text), "format": "text", "tokenizer": "bytes", "sequence_length": LENGTH}
+    cfg["train"]["steps"] = 4
+    path = directory / "config.yaml"
+    path.write_text(yaml.safe_dump(cfg))
+    subprocess.run(
+        [sys.executable, "-m", "offload.cli", "train", str(path), "--yes"], check=True, stdout=subprocess.DEVNULL
+    )
+    process = json.loads((directory / "run" / "memory.json").read_text())["process"]
+    plan = json.loads((directory / "run" / "plan.json").read_text())
+    return {
+        "layers": layers, "hidden": hidden, "parameters": sum(unit["parameters"] for unit in plan["units"]),
+        "budget": plan["budget_bytes"]["cpu"], "planned": plan["peak_bytes"]["cpu"], "peak": process["pss_peak"],
+        "before": process["before"], "on": sorted({t for u in plan["units"] for t in u["placement"].values()}),
+    }  # fmt: skip
+
+
 def noise_rate() -> float:
     """Normals per second of one thread."""
     zo.noise(0, "w", 0, 1 << 16)
@@ -233,6 +261,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, nargs="*", default=[8, 16])
+    parser.add_argument("--ram", type=int, nargs="*", default=[8, 16, 32], help="layers of the command's models")
     parser.add_argument("--opt", nargs="*", default=list(OPT), choices=list(OPT), help="sizes to predict")
     parser.add_argument("--learning", action="store_true", help="train examples/zo.yaml by both methods")
     parser.add_argument("--json", action="store_true")
@@ -244,6 +273,11 @@ def main() -> None:
     if options.learning:
         with tempfile.TemporaryDirectory(dir=options.path, prefix="zo-") as directory:
             result["learning"] = learning(Path(directory))
+    if options.ram:
+        result["ram"] = []
+        for layers in options.ram:
+            with tempfile.TemporaryDirectory(dir=options.path, prefix="zo-") as directory:
+                result["ram"].append(ram_of_command(layers, options.hidden, Path(directory)))
     if options.layers:
         with tempfile.TemporaryDirectory(dir=options.path, prefix="zo-") as directory:
             result["steps"] = [
@@ -264,6 +298,11 @@ def main() -> None:
     if "learning" in result:
         both = {name: result["learning"][name]["accuracy"] for name in ("zo", "full")}
         print(f"accuracy on held-out rows: {both['zo']:.3f} by forward passes, {both['full']:.3f} by back-propagation")
+    for row in result.get("ram", ()):
+        print(
+            f"{row['parameters'] / 1e6:,.0f} M parameters, weights on {', '.join(row['on'])}: RAM of the command "
+            f"{row['peak'] / 2**20:,.0f} MiB, {row['before'] / 2**20:,.0f} before its first step"
+        )
     for row in result.get("steps", ()):
         times = ", ".join(f"{name} {row[name]['median']:.2f} s" for name in ("loop", "ram", "nvme"))
         ram = ", ".join(f"{name} {row[name]['resident'] / 2**20:,.0f} MiB" for name in ("loop", "ram", "nvme"))
