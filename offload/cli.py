@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from offload.environment import set_defaults
+
 app = typer.Typer(
     name="offload",
     help="Fine-tune models bigger than your machine: plan, run and report, from one config file.",
@@ -177,11 +179,7 @@ def init(
 
 def main() -> None:
     """Entry point: what a user can act on becomes one message on stderr with its exit code, without a traceback."""
-    # OpenMP's threads spin while they wait, and take the cores from the optimizer, the I/O threads and everybody else:
-    # steps were ten times slower on busy cores. Read when PyTorch loads; changes no result.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # Large tensors come and go with every unit (`offload.device.keep_to_the_plan`): huge pages take 3/4 of the faults.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    set_defaults()
     try:
         app()
     except Exception as error:

@@ -30,6 +30,7 @@ from benchmarks.step import watch
 from benchmarks.step.__main__ import say
 from offload import footprint
 from offload.config import Config
+from offload.environment import DEFAULTS
 from offload.errors import OffloadError
 
 TEXT = Path(__file__).resolve().parent.parent.parent / "examples" / "quickstart.txt"
@@ -68,7 +69,7 @@ def measure(case: Case, directory: Path, limit: float, options: argparse.Namespa
     large = Path(tempfile.mkdtemp(dir=options.store, prefix="offload-gpu-"))
     try:
         job = {"case": case.to_json(), "directory": str(large / "case")}
-        environment = {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
+        environment = {**DEFAULTS, "TOKENIZERS_PARALLELISM": "false"}
         try:
             events, peaks = watch.run(job, environment, limit, lambda line: say(f"    {line}"), "benchmarks.gpu.worker")
         finally:

@@ -30,6 +30,7 @@ from benchmarks import machine
 from benchmarks.step import compare, watch
 from benchmarks.step.setting import ARCHITECTURES, Setting
 from offload import footprint
+from offload.environment import DEFAULTS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEEPSPEED, OURS = ("b", "c"), ("d", "e", "e-clip")
@@ -169,7 +170,7 @@ class Comparison:
             environment |= {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29531"}
             environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         if system in OURS:
-            environment |= {"OMP_WAIT_POLICY": "passive", "THP_MEM_ALLOC_ENABLE": "1"}  # as its command line sets
+            environment |= DEFAULTS  # as its command line sets
         result = watch.run(job, environment, limit, lambda line: say(f"    {line}"))
         if task != "measure":
             shutil.rmtree(job["directory"])
