@@ -32,7 +32,7 @@ from offload.io import (
     round_up,
 )
 from offload.io.request import Transfer
-from offload.planner import Plan, Workload
+from offload.planner import Plan
 from offload.trace import Trace
 
 # The scratch file in each of the store's directories; not part of any commit.
@@ -316,15 +316,3 @@ def activation_tiers(
         if wanted not in ("gpu", *tiers):
             raise OffloadError(f"the plan puts the outputs of {unit.name} on {wanted}, where it reserves no room")
     return tiers
-
-
-def kept_room(plan: Plan, workload: Workload) -> int:
-    """Bytes of inner activations that are planned to stay on the device, all units and micro-batches together."""
-    planned = 0
-    for unit in workload.units:
-        keep = 0.0 if unit.kept else plan.unit(unit.name).activations["keep"]
-        if keep:
-            # storages are not cut into smaller pieces than pages
-            planned += round(keep * workload.micro_batches * unit.saved_bytes)
-            planned += PAGE * len(unit.saved) * workload.micro_batches
-    return planned

@@ -75,6 +75,7 @@ class _Item:
     owner: Tensor | None = None  # the boundary tensor it belongs to; such an item never moves
     at: int = -1  # where it begins in the image, -1 if it stays on the device
     kept: Tensor | None = None  # its first bytes, where only the rest left
+    moved: Tensor | None = None  # all its bytes, where they stay on the device in memory of the engine's
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,7 @@ class SavedTensors:
             at = round_up(at + item.nbytes, ALIGNMENT)
         self._head = head
         self.image_bytes = at
-        self.kept_bytes = sum(item.nbytes for item in inner if item.at < 0) + head
+        self.kept_bytes = sum(round_up(item.nbytes, ALIGNMENT) for item in inner if item.at < 0) + head
         self.leaving_bytes = sum(item.nbytes for item in inner if item.at >= 0) - head
         sizes: dict[str, int] = {}
         left = at - head
@@ -250,6 +251,15 @@ class SavedTensors:
                     item.kept = data[:head].clone()
                 found.append((item.at + head - self._head, data[head:]))
         return found
+
+    def keep_in(self, room: Tensor) -> None:
+        """Copy what stays on the device whole into `room` (1-D uint8, `kept_bytes` or more) and let the storages go."""
+        at = 0
+        for item in self._inner():
+            if item.at < 0 and item.held is not None:
+                item.moved = room[at : at + item.nbytes].copy_(whole(item.held))
+                item.held = None
+                at += round_up(item.nbytes, ALIGNMENT)
 
     def arrive(self, image: Tensor) -> Tensor:
         """Use `image` (1-D uint8 on the device) for what left; returns the part of it that has to be filled."""
@@ -345,6 +355,8 @@ class SavedTensors:
             return what.view.on(item.owner.untyped_storage(), 0)
         if item.held is not None:
             return what.view.on(item.held.untyped_storage(), 0)
+        if item.moved is not None:
+            return what.view.on(item.moved.untyped_storage(), int(item.moved.storage_offset()))
         if self.image is None:
             raise OffloadError(f"{self.unit.name}: backward needs activations that are not back on the device")
         storage = self.image.untyped_storage()

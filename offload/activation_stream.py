@@ -74,6 +74,8 @@ class ActivationStream:
         tiers: "cpu", "cxl" and "nvme", as far as the plan uses them.
         staging: device buffers (uint8) for what comes back.
         kept_room: bytes of inner activations that may stay on the device at one time.
+        kept_memory: so many bytes (uint8) for them, where they would leave holes in the heap between what a pass frees
+            again; None: they stay as they are.
         micro_batches: M of the plan.
         generation: of a unit's bound weights, None while it is not bound.
         constants: device buffers that live through the step, such as the resident unit's weights.
@@ -86,6 +88,7 @@ class ActivationStream:
         tiers: dict[str, Tier],
         staging: Sequence[Tensor],
         kept_room: int,
+        kept_memory: Tensor | None,
         micro_batches: int,
         generation: Callable[[Unit], int | None],
         constants: Sequence[Tensor],
@@ -99,7 +102,8 @@ class ActivationStream:
         self._staging: list[tuple[Tensor, torch.cuda.Event | None]] = [(buffer, None) for buffer in staging]
         self._staging_bytes = min((b.numel() for b in staging), default=0)
         self._kept_room = kept_room
-        self._kept = 0
+        self._kept_memory = kept_memory
+        self._kept = self._kept_end = 0
         self._micro_batches = micro_batches
         self._generation = generation
         self._constants = {b.untyped_storage()._cdata for b in constants}
@@ -124,6 +128,7 @@ class ActivationStream:
     def begin(self) -> None:
         """A step begins: all room is free."""
         self.fallbacks = 0
+        self._kept_end = 0
         for tier in self._tiers.values():
             tier.clear()
 
@@ -167,14 +172,18 @@ class ActivationStream:
             sizes = saved.place(split_first)
             if saved.image_bytes <= self._staging_bytes:
                 break
-        fits = saved.image_bytes <= self._staging_bytes and self._kept + saved.kept_bytes <= self._kept_room
+        kept = max(self._kept, self._kept_end) + saved.kept_bytes
+        fits = saved.image_bytes <= self._staging_bytes and kept <= self._kept_room
         if saved.dropped or not fits or any(n > self._left(tier) for tier, n in sizes.items()):
             self._fall_back(record.unit, "its inner activations are computed again in backward")
             saved.give_up()
             record.saved = record.kept = None
             return
-        self._kept += saved.kept_bytes
-        self._ledger.add("gpu", "activations", saved.kept_bytes)
+        if self._kept_memory is not None and saved.kept_bytes:
+            begin, self._kept_end = self._kept_end, self._kept_end + saved.kept_bytes
+            with self._trace.span("compute", f"keep activations of {record.unit.name}"):
+                saved.keep_in(self._kept_memory[begin : self._kept_end])
+        self._count_kept(saved.kept_bytes)
         parts, position = [], 0
         for tier, nbytes in sizes.items():
             if nbytes:
@@ -186,6 +195,15 @@ class ActivationStream:
             away = self._send(parts, saved.leave(), record.unit, None)
             self._inner[id(record)] = away
             self._leaving.append(away.left)
+
+    def _count_kept(self, nbytes: int) -> None:
+        self._kept += nbytes
+        if self._kept_memory is not None:
+            return  # it is counted as reserved
+        if nbytes > 0:
+            self._ledger.add("gpu", "activations", nbytes)
+        else:
+            self._ledger.remove("gpu", "activations", -nbytes)
 
     def _park(self, record: Record, tape: Sequence[Record]) -> None:
         """Move a unit's outputs out if nothing in the rest of the forward, nor the glue's graph, can use them."""
@@ -260,8 +278,7 @@ class ActivationStream:
         finally:
             if saved is not None:
                 saved.give_up()
-                self._kept -= saved.kept_bytes
-                self._ledger.remove("gpu", "activations", saved.kept_bytes)
+                self._count_kept(-saved.kept_bytes)
             if coming.staging is not None:
                 self._staging.append((coming.staging, self._device.mark()))
             self._bring_ahead()
@@ -279,6 +296,7 @@ class ActivationStream:
             lane.shutdown(wait=True, cancel_futures=True)
         for left_over in (self._staging, self._inner, self._parked, self._upcoming, self._coming):
             left_over.clear()
+        self._kept_memory = None
 
     def _bring_ahead(self) -> None:
         while self._upcoming and len(self._coming) <= AHEAD:

@@ -105,7 +105,7 @@ class FullStep:
         )  # fmt: skip
         stack.callback(self._weights.close)
         self.activations = ActivationStream(
-            self._plan, held.activation_tiers, held.activation_staging, held.kept_room, micro_batches,
+            self._plan, held.activation_tiers, held.activation_staging, held.kept_room, held.kept_memory, micro_batches,
             self._weights.generation, [b for b in (held.resident,) if b is not None], held.device, self._ledger,
             self._trace, TIMEOUT,
         )  # fmt: skip

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from offload import models, oom, zo_state
-from offload.activation_places import Tier, activation_tiers, kept_room
+from offload.activation_places import Tier, activation_tiers
 from offload.arena import DeviceArena
 from offload.checkpoint_source import CheckpointSource
 from offload.config import Config
@@ -27,7 +27,7 @@ from offload.errors import ConfigError, OffloadError
 from offload.io import Extent, Ledger, Ring, Store, StorePath
 from offload.memory_record import MemoryRecord
 from offload.planner.measure import bandwidths
-from offload.planner.memory import PROGRAM_BYTES
+from offload.planner.memory import PROGRAM_BYTES, kept_room
 from offload.prepare import Prepared
 from offload.run_place import IO_CHOICE
 from offload.rundir import RunDirectory
@@ -62,6 +62,7 @@ class Resources:
     activation_tiers: dict[str, Tier]
     activation_staging: list[Tensor]
     kept_room: int
+    kept_memory: Tensor | None
     dtype: torch.dtype
     gradient_dtype: torch.dtype
     pieces: Pieces | None  # zeroth-order runs: the arithmetic on a unit's slot
@@ -83,7 +84,7 @@ class Resources:
         self.weight_slots.clear()
         self.gradient_slots.clear()
         self.activation_staging.clear()
-        self.resident = None
+        self.resident = self.kept_memory = None
 
 
 @contextmanager
@@ -194,6 +195,7 @@ def _reserve(prepared: Prepared, store: Store) -> Resources:
         for extent in store.extents.values():
             ledger.add("nvme", extent.key.split("/")[1], extent.padded * extent.sides)
         slots = DeviceArena(plan, device, ledger).slots
+        kept = slots("activations.kept")
         gradient_slots = {group: slots(f"gradients.{group}") for group in ("block", "large")}
         for unit in prepared.units:
             if held := slots(f"gradients.held/{unit.name}"):
@@ -223,12 +225,19 @@ def _reserve(prepared: Prepared, store: Store) -> Resources:
             rings["update"],
             activations,
             slots("activations.staging"),
-            kept_room(plan, prepared.workload),
+            kept[0].numel() if kept else _kept_room(prepared),
+            kept[0] if kept else None,
             prepared.dtype,
             prepared.gradient_dtype,
             prepared.zo,
             stack.pop_all(),
         )
+
+
+def _kept_room(prepared: Prepared) -> int:
+    """Bytes of inner activations that the plan leaves on the device as the framework made them."""
+    shares = [(unit, prepared.plan.unit(unit.name).activations["keep"]) for unit in prepared.workload.units]
+    return sum(kept_room(unit, keep * prepared.workload.micro_batches) for unit, keep in shares)
 
 
 def _observer(trace: Trace) -> Any:

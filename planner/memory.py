@@ -128,7 +128,8 @@ def reserve(w: Workload, block_slots: int = 2, choice: Choice | None = None) -> 
     in the gpu tier; staging, landing (cuda only), update in the cpu tier. A unit uses the "large" slots exactly if
     `is_large`.
     With activations off the device also activations.cpu, .cxl, .nvme (all such bytes alive at once) and
-    activations.staging (gpu: the largest (unit, micro-batch) on its way back; one in use, one prefetched).
+    activations.staging (gpu: the largest (unit, micro-batch) on its way back; one in use, one prefetched). Where the
+    device is a CPU, activations.kept (gpu) for the inner activations that stay on it.
     """
     if w.zo:
         return _reserve_zeroth_order(w, w.zo, block_slots)
@@ -150,6 +151,9 @@ def reserve(w: Workload, block_slots: int = 2, choice: Choice | None = None) -> 
             for i, tier in enumerate(("cpu", "cxl", "nvme"))
         ]
         buffers.append(Buffers("activations.staging", "gpu", 2, max((n.coming_back for n, *_ in needs), default=0)))
+        if w.device == "cpu":
+            kept = sum(n.kept * count for n, _, count in needs)
+            buffers.append(Buffers("activations.kept", "gpu", 1, kept // PAGE * PAGE))
     return tuple(b for b in buffers if b.nbytes)
 
 
@@ -233,6 +237,12 @@ def kept_bytes(unit: UnitProfile, c: UnitChoice, w: Workload) -> int:
     return 0 if unit.kept else round(c.keep * w.micro_batches * unit.saved_bytes)
 
 
+def kept_room(unit: UnitProfile, passes: float) -> int:
+    """Room for what the unit saves in so many passes of a micro-batch; a page more for every tensor, which suffices
+    where one is divided."""
+    return 0 if unit.kept else round(passes * (unit.saved_bytes + PAGE * len(unit.saved)))
+
+
 @dataclass(frozen=True)
 class _Needs:
     """What one unit asks for under one choice: all that the peaks are made of."""
@@ -241,7 +251,8 @@ class _Needs:
     coming_back: int  # of one micro-batch, whole pages
     homes: Mapping[str, int]  # weights and optimizer state by tier
     waits: Mapping[str, int]  # the gradient, by tier
-    waiting: int  # activations on the device from forward to backward
+    kept: int  # reserved on the device for inner activations
+    waiting: int  # other activations on the device from forward to backward
     forward: int  # the framework's bytes
     backward: int
 
@@ -268,7 +279,9 @@ def _needs_of(w: Workload, i: int, c: UnitChoice) -> _Needs:
         coming_back=round_up(per_micro_batch_away(unit, c, w)),
         homes=homes,
         waits={c.gradient: sizes["gradient"]},
-        waiting=kept_bytes(unit, c, w) + (m * unit.boundary_bytes if c.boundary == "gpu" else 0),
+        kept=kept_room(unit, c.keep * m) if w.device == "cpu" else 0,
+        waiting=(0 if w.device == "cpu" else kept_bytes(unit, c, w))
+        + (m * unit.boundary_bytes if c.boundary == "gpu" else 0),
         forward=_framework(unit.workspace_forward + 2 * unit.saved_bytes * swaps(c), w),
         backward=_framework(workspace + (m + 1) * _widest(w), w),
     )
@@ -367,7 +380,8 @@ def peaks(
     for b in buffers:
         found[b.tier][b.category] = found[b.tier].get(b.category, 0) + b.total
     gpu, cpu, nvme = found["gpu"], found["cpu"], found["nvme"]
-    gpu["activations"], gpu["framework"] = _worst(w, choice)
+    activations, gpu["framework"] = _worst(w, choice)
+    gpu["activations"] = gpu.get("activations", 0) + activations
     cpu["program"] = PROGRAM_BYTES
     needs = _needs(w, choice)
     for tier in ("cpu", "cxl"):

@@ -16,7 +16,16 @@ from typing import Any
 import pulp
 from offload.planner.activations import can_choose, shares
 from offload.planner.choice import Choice, Role, UnitChoice, nothing_in_ram
-from offload.planner.memory import FRAMEWORK_MARGIN, PAGE, item_bytes, kept_workspace, moments, round_up, store_staging
+from offload.planner.memory import (
+    FRAMEWORK_MARGIN,
+    PAGE,
+    item_bytes,
+    kept_room,
+    kept_workspace,
+    moments,
+    round_up,
+    store_staging,
+)
 from offload.planner.placement import ROLES, Problem, top_up
 from offload.planner.plan import UnitProfile
 from offload.planner.solver import SolverFailed, run
@@ -125,7 +134,7 @@ class _Model:
         total = [group.recomputed, group.kept, *group.swapped.values()]
         self.problem += pulp.lpSum(total) == n * m
         kept = replace(c, keep=1.0, recompute=0.0)
-        self._count(group.kept, unit, c, kept, {"gpu": unit.saved_bytes}, 1 / m)
+        self._count(group.kept, unit, c, kept, {"gpu": kept_room(unit, 1.0)}, 1 / m)
         for tier, x in group.swapped.items():
             swapped = shares(c, w, 0.0, {tier: 1.0})
             padded = round_up(unit.saved_bytes) + PAGE * (1 + len(unit.saved))
@@ -209,7 +218,8 @@ class _Model:
                 # what autograd saves lies beside the workspace while it is on its way out, and where backward makes it:
                 # then the group's last units, which are those that are kept, are done
                 self._capacity([*terms, *staged, (2 * saved, g.any_swap)], free - forward)
-                earlier = [(n, x) for n, x in terms if x is not g.kept]
+                # on a CPU what is kept has memory of its own all the time
+                earlier = terms if w.device == "cpu" else [(n, x) for n, x in terms if x is not g.kept]
                 own = (w.micro_batches - 1) * g.unit.saved_bytes
                 self._capacity([*earlier, *staged, (backward - least + own, g.any_again)], free - least)
 

@@ -278,7 +278,8 @@ class Buffers:
     @property
     def category(self) -> str:
         """What it is for, as `Plan.categories` and the engine's ledger call it."""
-        return "swapped activations" if self.name.startswith("activations.") else self.name.split(".")[0]
+        kind, _, what = self.name.partition(".")
+        return "swapped activations" if kind == "activations" and what != "kept" else kind
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from offload.planner.choice import Choice, UnitChoice, runs
-from offload.planner.memory import away_bytes, gradient_bytes, home_bytes, item_bytes, weight_bytes
+from offload.planner.memory import away_bytes, gradient_bytes, home_bytes, item_bytes, kept_bytes, weight_bytes
 from offload.planner.plan import LANES, Hardware, UnitProfile, Workload, ZerothOrder
 
 # Standard normals that two CPU cores, or a GPU with torch's own operators, make (offload/zo_noise.py). The first was
@@ -82,7 +82,8 @@ def unit_work(unit: UnitProfile, c: UnitChoice, w: Workload, hw: Hardware) -> Wo
     if waits and c.gradient in ("cpu", "cxl"):
         drain += gradient / hw.ram
     return Work(
-        forward_seconds=m * forward,
+        # on a CPU what is kept is copied out of the framework's heap
+        forward_seconds=m * forward + (kept_bytes(unit, c, w) / hw.ram if on_cpu else 0.0),
         backward_seconds=m * (backward + again) + accumulate_seconds(unit, w, hw),
         fill=0 if on_cpu and c.weights == "nvme" else weights,
         place=unit.trainable * w.itemsize,

@@ -355,6 +355,24 @@ def test_saved_tensors_leave_the_device_and_come_back() -> None:
     assert all(torch.isfinite(p.grad).all() for p in hold.unit.parameters if p.grad is not None)
 
 
+def test_what_stays_moves_into_memory_of_the_engine() -> None:
+    """The framework's blocks are free at once, whatever lies around them, and the gradient is to the bit the same."""
+    left, moved = Hold(Shares(1.0, 0.0, 0.0)), Hold(Shares(1.0, 0.0, 0.0))
+    for hold in (left, moved):
+        hold.saved.place(split_first=True)
+    refs = [StorageWeakRef(item.held.untyped_storage()) for item in moved.saved._inner() if item.held is not None]
+    assert sum(item.nbytes for item in moved.saved._inner()) <= moved.saved.kept_bytes
+    room = torch.full((moved.saved.kept_bytes + 512,), 7, dtype=torch.uint8)
+    moved.saved.keep_in(room[256:-256])
+    assert all(ref.expired() for ref in refs)
+    assert (room[:256] == 7).all() and (room[-256:] == 7).all()
+    for hold in (left, moved):
+        hold.output.backward(torch.ones_like(hold.output))
+    assert moved.input.grad is not None
+    assert left.input.grad is not None
+    assert torch.equal(moved.input.grad, left.input.grad)
+
+
 def test_a_graph_of_other_weights_is_refused() -> None:
     for generation, message in ((2, "generation 1, but the unit's weights are of generation 2"), (None, "not bound")):
         hold = Hold(Shares(1.0, 0.0, 0.0))
