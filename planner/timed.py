@@ -10,21 +10,17 @@ from __future__ import annotations
 import contextvars
 import copy
 import gc
-import hashlib
-import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
+from offload.planner import unit_times
 from offload.planner.bounds import UnitModules
-from offload.planner.measure import cache_directory, machine_key
 from offload.planner.plan import Hardware, Profile, UnitCost
 from offload.planner.profile import default_batch
 from offload.planner.tracer import (
@@ -34,16 +30,17 @@ from offload.planner.tracer import (
     detach,
     loss_of,
     owners_of,
-    signature,
     template,
 )
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 LONGEST = 6.0  # seconds: a unit whose forward and backward are expected to take longer is not timed
-REPEATS = 3
+# Repetitions of a pass, of which the median counts: the first compiles kernels and fills caches, and on a shared
+# machine the fastest is what steps are not. Short passes are repeated until so many seconds are over.
+REPEATS, MOST_REPEATS = 3, 9
+SECONDS = 0.5
 ALL_VISITS = 1_000_000_000  # parameters of a model of which every unit may be run, where one kind each is not enough
-_VERSION = 1
 
 
 def timed(
@@ -85,8 +82,8 @@ def timed(
     # the loss follows the last visit, and is not there without it
     visits = sum(cost.visits for cost in costs.values())
     stop = visits - 1 if any(costs[name].kept for name in large) else visits
-    key = _key(model, units, micro_batch, sequence_length, dtype, device, backward, large)
-    found = None if refresh else _load(key)
+    key = unit_times.key_of(model, units, micro_batch, sequence_length, dtype, device, backward, large)
+    found = None if refresh else unit_times.load(key)
     if found is None:
         whole = sum(p.numel() for p in model.parameters()) <= ALL_VISITS
         for collects in (False, True) if whole else (False,):
@@ -100,7 +97,7 @@ def timed(
         if found is None:
             return replace(profile, notes=(*profile.notes, f"times: estimated from operations ({reason})"))
         gc.collect()  # of the copy's modules, whose patched forwards refer to them
-        _save(key, found)
+        unit_times.save(key, found)
     costs = {
         name: replace(cost, forward_seconds=found[name][0], backward_seconds=found[name][1]) if name in found else cost
         for name, cost in costs.items()
@@ -219,29 +216,33 @@ class _Timer(Tracer):
     ) -> float:
         """Seconds of backward alone; the forward with grad that it needs is not counted."""
         gradients = [torch.ones_like(x) if isinstance(x, Tensor) and x.is_floating_point() else None for x in outputs]
-        best = float("inf")
-        for _ in range(REPEATS):
+        seconds: list[float] = []
+        while not _enough(seconds):
             with torch.enable_grad():
                 args, kwargs = pytree.tree_unflatten([detach(x, True) for x in flat], spec)
                 again = pytree.tree_leaves(forward(*args, **kwargs), is_leaf=lambda x: x is None)
             begin = self._now()
             backward(again, gradients)
-            best = min(best, self._now() - begin)
-        return best
+            seconds.append(self._now() - begin)
+        return median(seconds)
 
     def _repeat(self, run: Callable[[], Any]) -> tuple[Any, float]:
-        best, result = float("inf"), None
-        for _ in range(REPEATS):
+        result, seconds = None, list[float]()
+        while not _enough(seconds):
             result = None
             begin = self._now()
             result = run()
-            best = min(best, self._now() - begin)
-        return result, best
+            seconds.append(self._now() - begin)
+        return result, median(seconds)
 
     def _now(self) -> float:
         if self.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
+
+
+def _enough(seconds: list[float]) -> bool:
+    return len(seconds) >= REPEATS and (sum(seconds) >= SECONDS or len(seconds) >= MOST_REPEATS)
 
 
 def _measure(
@@ -369,48 +370,3 @@ def _give_back(before: dict[_Place, nn.Parameter]) -> None:
 
 def _free(p: Tensor) -> None:
     p.grad = None
-
-
-# ---- cache ----
-
-
-def _key(
-    model: nn.Module,
-    units: Sequence[UnitModules],
-    rows: int,
-    length: int,
-    dtype: torch.dtype,
-    device: str,
-    backward: bool,
-    large: Sequence[str],
-) -> str:
-    """Equal for what takes the same time: machine, shapes, and units told apart as the profile does."""
-    kinds = sorted({repr(signature(m, [], pytree.tree_flatten(())[1])) for _, _, modules in units for m in modules})
-    parts = [_VERSION, machine_key(device, {}), type(model).__name__, rows, length, str(dtype), device, *kinds]
-    parts.append([(kind, len(modules)) for _, kind, modules in units])
-    if not backward:
-        parts.append("forward only")
-    if large:
-        parts.append(("unrun", *large))
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
-
-
-def _path(key: str) -> Path:
-    return cache_directory() / f"units-{key}.json"
-
-
-def _load(key: str) -> dict[str, tuple[float, float]] | None:
-    try:
-        return {name: (float(a), float(b)) for name, (a, b) in json.loads(_path(key).read_text()).items()}
-    except (OSError, ValueError, TypeError, AttributeError):  # nothing there, or written by something else
-        return None
-
-
-def _save(key: str, found: Mapping[str, tuple[float, float]]) -> None:
-    try:
-        _path(key).parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=_path(key).parent, suffix=".tmp", delete=False) as file:
-            json.dump(found, file)
-        os.replace(file.name, _path(key))
-    except OSError:
-        pass  # a home that cannot be written costs the next run a moment, nothing else
