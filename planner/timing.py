@@ -244,16 +244,30 @@ def lanes(t: Traffic, w: Workload, hw: Hardware) -> dict[str, float]:
 def stage_resources(w: Workload, hw: Hardware) -> list[dict[str, float]]:
     """Resources as the share of each that a lane takes while it runs; a stage lasts as long as the sum on each.
 
-    On device "cpu" compute takes all cores, every copy and the optimizer one of them. A zeroth-order step forms weights
-    and computes with them in turn, both on the whole device.
+    On device "cpu" compute takes all cores, every copy and the optimizer one of them; and a parallel operation is done
+    when its slowest thread is, so compute waits for as long as a lane has a core. A zeroth-order step forms weights and
+    computes with them in turn, both on the whole device.
     """
     drive = {"nvme_read": 1 / hw.nvme_duplex, "nvme_write": 1 / hw.nvme_duplex}
     single: list[dict[str, float]] = [{name: 1.0} for name in (*LANES, "cxl")]
     if w.device == "cpu":
         one = 1 / max(1, hw.cores)
-        return [*single, drive, {"compute": 1.0, "h2d": one, "d2h": one, "optimizer": 1.0 if w.zo else one}]
+        cores = {"compute": 1.0, "h2d": one, "d2h": one, "optimizer": 1.0 if w.zo else one}
+        return [*single, drive, cores, *({"compute": 1.0, lane: 1.0} for lane in ("h2d", "d2h", "optimizer"))]
     link = {"h2d": 1 / hw.link_duplex, "d2h": 1 / hw.link_duplex}
     return [*single, drive, link, *([{"compute": 1.0, "optimizer": 1.0}] if w.zo else [])]
+
+
+def simulated_resources(w: Workload, hw: Hardware) -> list[dict[str, float]]:
+    """`stage_resources`, and on device "cpu" the core that reads what the store moves, for its checksum.
+
+    The estimate leaves that out, because the MIP cannot price what is written behind.
+    """
+    resources = stage_resources(w, hw)
+    if w.device == "cpu":
+        rates = {"nvme_read": hw.nvme_read, "nvme_write": hw.nvme_write}
+        resources += [{"compute": 1.0, lane: min(1.0, rate / hw.ram)} for lane, rate in rates.items()]
+    return resources
 
 
 def stage_seconds(t: Traffic, w: Workload, hw: Hardware) -> float:
