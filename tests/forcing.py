@@ -55,6 +55,7 @@ def forced(
         Buffers("activations.cxl", "cxl", 1, cxl),
         Buffers("activations.nvme", "nvme", 1, nvme),
         Buffers("activations.staging", "gpu", 2, staging),
+        Buffers("activations.kept", "gpu", 1, kept),
     ]
     categories = {tier: dict(sizes) for tier, sizes in plan.categories.items()}
     for tier, name, nbytes in (
@@ -67,15 +68,17 @@ def forced(
     ):
         categories[tier][name] = categories[tier].get(name, 0) + nbytes
     end = plan.layout["arena_bytes"]
-    offsets = {**plan.layout["offsets"], "activations.staging": [end, end + staging]}
+    offsets = {
+        **plan.layout["offsets"], "activations.staging": [end, end + staging], "activations.kept": [end + 2 * staging]
+    }  # fmt: skip
     peak = {tier: sum(sizes.values()) for tier, sizes in categories.items()}
     return replace(
         plan,
         units=tuple(units),
-        buffers=(*plan.buffers, *(b for b in buffers if b.nbytes)),
+        buffers=(*(b for b in plan.buffers if b.name != "activations.kept"), *(b for b in buffers if b.nbytes)),
         categories=categories,
         peak_bytes={**plan.peak_bytes, **peak},
-        layout={**plan.layout, "arena_bytes": end + 2 * staging, "offsets": offsets},
+        layout={**plan.layout, "arena_bytes": end + 2 * staging + kept, "offsets": offsets},
     )
 
 

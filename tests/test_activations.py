@@ -257,7 +257,8 @@ def test_trace_ledger_and_scratch_file(fast_path: Path) -> None:
         held = engine.ledger.snapshot()
         for tier, count in (("gpu", 2), ("cpu", 1), ("nvme", 1)):
             assert held[tier]["swapped activations"]["bytes"] == count * forcing.ROOM
-        assert held["gpu"]["activations"]["bytes"] == 0 < held["gpu"]["activations"]["peak"]
+        kept = forcing.ROOM  # reserved all the time; of what comes and goes nothing is left
+        assert held["gpu"]["activations"]["bytes"] == kept < held["gpu"]["activations"]["peak"]
         assert held["gpu"]["activations"]["peak"] <= engine.plan.categories["gpu"]["activations"]
     assert not any(file.exists() for file in scratch)
     events = json.loads((path / "trace.json").read_text())

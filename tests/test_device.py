@@ -113,7 +113,8 @@ def test_slots_lie_where_the_layout_has_them(fast_path: Path, monkeypatch: Any) 
         held, first = engine._held, one.tensor.data_ptr()
         assert one.nbytes == arena == sum(sizes[name] * len(places) for name, places in offsets.items())
         assert held.resident is not None and held.resident.data_ptr() - first == offsets.pop("resident")[0]
-        slots = {"activations.staging": held.activation_staging}
+        assert held.kept_memory is not None
+        slots = {"activations.staging": held.activation_staging, "activations.kept": [held.kept_memory]}
         slots |= {f"weights.{group}": tensors for group, tensors in held.weight_slots.items()}
         slots |= {f"gradients.{group}": tensors for group, tensors in held.gradient_slots.items()}
         found = {name: [t.data_ptr() - first for t in slots[name]] for name in offsets}
