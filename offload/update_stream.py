@@ -111,6 +111,11 @@ class UpdateStream:
         """Whether an update of this unit can be taken back: nothing of its state is updated in place."""
         return not self._states.units[unit.index].homes
 
+    def undecided(self, unit: Unit) -> bool:
+        """Whether the unit's latest update is a trial of this step: its weights are not known before the step's end."""
+        with self._lock:
+            return unit.index in self._trials
+
     def defer(self, unit: Unit, present: set[str], steps: dict[str, int], hyper: Hyper, durable: bool) -> None:
         """Hold one unit's update back until `start`, or `start_all`: its gradient waits in its home or the store."""
         with self._lock:

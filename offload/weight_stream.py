@@ -185,11 +185,13 @@ class WeightStream:
     # ---- slots: under the lock ----
 
     def _load_ahead(self) -> None:
-        """Fill free slots with the next units, in order; stop at the first unit that finds no slot."""
+        """Fill free slots with the next units, in order; stop at the first unit that finds no slot, or whose weights
+        are not decided: what backward needs would wait behind it in the lane, and the decision for backward."""
         for position, index in enumerate(self._upcoming):
             if index in self._where:
                 continue
-            slot = self._choose(self._states[index].unit, position)
+            unit = self._states[index].unit
+            slot = None if self._updates.undecided(unit) else self._choose(unit, position)
             if slot is None:
                 break
             self._load(self._states[index].unit, slot)
