@@ -12,8 +12,7 @@ the lanes wait only for transfers, and the inward lane for what the outward lane
 from __future__ import annotations
 
 import logging
-import sys
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from offload.activation_places import Place, Tier
 from offload.activation_saving import SavedTensors, Shares, whole
+from offload.activation_uses import is_unused
 from offload.boundary import MicroBatch
 from offload.device import Device, limit_lane_threads
 from offload.errors import OffloadError
@@ -37,8 +37,6 @@ logger = logging.getLogger(__name__)
 
 # Passes whose activations are brought back ahead of the one that runs backward.
 AHEAD = 1
-# Boundary activations smaller than this stay where they are.
-SMALLEST = 64 * 1024
 
 
 @dataclass
@@ -210,7 +208,7 @@ class ActivationStream:
         tier = self._tiers[self._plan[record.unit.name].placement["activation"]]
         for i in range(len(record.leaves)):
             # one that is leaving looks unused again shortly before its storage is empty
-            if id(record.leaves[i]) in self._parked or not _is_unused(record.leaves, i, tape):
+            if id(record.leaves[i]) in self._parked or not is_unused(record.leaves, i, tape):
                 continue
             storage = record.leaves[i].untyped_storage()
             nbytes = storage.nbytes()
@@ -368,48 +366,3 @@ def _between(pieces: Sequence[tuple[int, Tensor]], start: int, stop: int) -> Ite
         low, high = max(at, start), min(at + piece.numel(), stop)
         if low < high:
             yield low - start, piece[low - at : high - at]
-
-
-# ---- whether a boundary activation may leave ----
-
-
-def _references(values: Sequence[object], i: int) -> int:
-    return sys.getrefcount(values[i])
-
-
-def _storage_uses(x: Tensor) -> int:
-    return torch._C._storage_Use_Count(x.untyped_storage()._cdata)
-
-
-def _is_unused(leaves: Sequence[object], i: int, tape: Sequence[Record]) -> bool:
-    """Whether output `leaves[i]` of the first of these records is referred to by the tape alone.
-
-    Then no frame of the model's forward can read it again, no view of it exists, and no graph of the glue saved it.
-    `tape` has to hold every record that can have it as an input.
-    """
-    x = leaves[i]
-    if not torch.is_tensor(x) or not x.requires_grad or x.untyped_storage().nbytes() < SMALLEST:
-        return False
-    if x._use_count() > 1 or not x.untyped_storage().resizable():  # type: ignore[attr-defined]
-        return False
-    key, storage = id(x), x.untyped_storage()._cdata
-    uses = _storage_uses(x)
-    del x
-    known: Counter[int] = Counter()
-    aliases = 0
-    for record in tape:
-        known.update(map(id, record.inputs))
-        known.update(map(id, record.leaves))
-        known.update(id(entry[2]) for entry in record.side)
-        if record.saved is not None:
-            known.update(record.saved.owners())
-        for held in record.kept or ():
-            aliases += sum(1 for t in held if torch.is_tensor(t) and t.untyped_storage()._cdata == storage)
-    return _references(leaves, i) == known[key] + _OWN_REFERENCES and uses == aliases + _OWN_USES
-
-
-_probe = [torch.empty(1)]
-# What the questions themselves add: a list's reference is one of those that are counted.
-_OWN_REFERENCES = _references(_probe, 0) - 1
-_OWN_USES = _storage_uses(_probe[0])
-del _probe

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from offload import activation_stream
+from offload import activation_uses
 from offload.activation_places import SWAP_FILE
 from offload.activation_saving import SavedTensors, Shares
 from offload.engine import Engine
@@ -32,7 +32,7 @@ ROWS = 2
 @pytest.fixture(autouse=True)
 def _everything_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     """These models' outputs are small enough to be left where they are."""
-    monkeypatch.setattr(activation_stream, "SMALLEST", 1)
+    monkeypatch.setattr(activation_uses, "SMALLEST", 1)
 
 
 class Moved:

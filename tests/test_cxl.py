@@ -21,7 +21,7 @@ from test_activations import Moved, assert_same, trained
 from test_exactness import assert_same as assert_same_zo
 
 import offload
-from offload import activation_stream, host_tiers, report_memory
+from offload import activation_uses, host_tiers, report_memory
 from offload.config_sections import CxlConfig
 from offload.engine import Engine, prepare
 from offload.errors import ConfigError
@@ -36,7 +36,7 @@ ALL = {role: "cxl" for role in ("param", "master", "exp_avg", "exp_avg_sq", "gra
 @pytest.fixture(autouse=True)
 def _everything_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     """These models' outputs are small enough to be left where they are."""
-    monkeypatch.setattr(activation_stream, "SMALLEST", 1)
+    monkeypatch.setattr(activation_uses, "SMALLEST", 1)
 
 
 def watched(tier: HostTier) -> list[int]:
