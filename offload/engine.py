@@ -18,6 +18,7 @@ from offload.errors import DoesNotFit, OffloadError, described
 from offload.full_step import FullStep
 from offload.io import drives
 from offload.loss import micro_seed, split
+from offload.ownership import take_ownership
 from offload.prepare import Prepared, prepare
 from offload.resources import TIMEOUT, Resources
 from offload.rundir import RunDirectory
@@ -66,7 +67,7 @@ class Engine:
         self.committed_step: int = meta["step"]
         with ExitStack() as stack:  # undone in reverse: streams, what they hold, the model, the run
             stack.callback(run.close)
-            resources.take_ownership(self.model, self._units, prepared.device, stack)
+            take_ownership(self.model, self._units, prepared.device, stack)
             stack.callback(held.close)
             self._method: FullStep | ZerothOrderStep
             if cfg.train.method == "zo":

@@ -19,7 +19,7 @@ from offload.planner import Buffers
 from torch import Tensor
 
 import offload
-from offload import resources
+from offload import ownership, resources
 from offload.device import CpuDevice
 from offload.engine import Engine, prepare
 from offload.trace import Trace
@@ -192,7 +192,7 @@ def test_buffers_move_with_the_engine_and_stay_shared() -> None:
     shared = torch.ones(3)
     model.first.register_buffer("b", shared)
     model.second.register_buffer("b", shared)
-    resources._move_buffers(model, "meta")
+    ownership._move_buffers(model, "meta")
     assert model.first.b.device.type == "meta"
     assert model.first.b is model.second.b
 
