@@ -12,7 +12,6 @@ import functools
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,12 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import initialization  # not as an attribute of transformers, which may lack it
 
+from offload.deferred_recipe import History, Operation, View, block_sizes, draw, in_blocks, key_of, view_of
+
 aten = torch.ops.aten
 
 # Creations of at least this many elements are deferred at once, so that constructing takes no memory even in passing.
 _LARGE = 1 << 16
-# Elements that are drawn at a time. A multiple of 16: torch's normal_ draws in groups of 16.
-_BLOCK = 1 << 20
 _FACTORIES = {
     aten.empty.memory_format,
     aten.zeros.default,
@@ -46,46 +45,6 @@ _OVERWRITES = {
 }
 
 
-@dataclass(frozen=True)
-class _View:
-    """A tensor without memory: the deferred storage it lies in, and how (in elements)."""
-
-    storage: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-    dtype: torch.dtype
-    contiguous: bool
-
-    def on(self, storage: torch.UntypedStorage) -> Tensor:
-        empty: Any = torch.empty(0, dtype=self.dtype)
-        result: Tensor = empty.set_(storage, self.offset, self.size, self.stride)
-        return result
-
-
-@dataclass(eq=False)
-class _Operation:
-    """One deferred operation; `args` and `kwargs` hold a `_View` wherever it had a tensor without memory."""
-
-    function: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    place: int  # in the order of all deferred operations
-    reads: frozenset[int] = frozenset()  # storages
-    creates: tuple[int, ...] = ()  # storages, in the order of the results
-    random: bool = False
-    needed: bool = True  # False once something has overwritten all it did
-    state: Tensor | None = None  # of the generator just before it
-
-
-@dataclass
-class _History:
-    """The operations that made and changed one storage, in order."""
-
-    operations: list[_Operation] = field(default_factory=list)
-    read_by_others: bool = False
-
-
 class DeferredInit(TorchDispatchMode):
     """While active, tensors on meta are recipes; `value` gives what such a tensor would hold.
 
@@ -96,8 +55,8 @@ class DeferredInit(TorchDispatchMode):
         super().__init__()
         self._count = 0
         self._alive: list[Tensor] = []  # keeps storage keys unique
-        self._histories: dict[int, _History] = {}
-        self._pending: deque[_Operation] = deque()  # random operations the generator has not passed yet, in order
+        self._histories: dict[int, History] = {}
+        self._pending: deque[Operation] = deque()  # random operations the generator has not passed yet, in order
         self._generator_state = torch.Generator().manual_seed(seed).get_state()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -117,7 +76,7 @@ class DeferredInit(TorchDispatchMode):
             return func(*args, **kwargs)
         if mutated:
             whole = mutated[0].untyped_storage().nbytes() == mutated[0].nbytes
-            storages = [_key(t) for t in mutated]
+            storages = [key_of(t) for t in mutated]
             self._note(func, args, kwargs, random, deferred, storages, whole and func in _OVERWRITES)
             return mutated[0] if len(func._schema.returns) == 1 else None
         try:
@@ -127,38 +86,38 @@ class DeferredInit(TorchDispatchMode):
             return self._run(func, args, kwargs)
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         self._alive += made
-        self._note(func, args, kwargs, random, deferred, [_key(t) for t in made], creates=True)
+        self._note(func, args, kwargs, random, deferred, [key_of(t) for t in made], creates=True)
         return result
 
     def is_deferred(self, tensor: Tensor) -> bool:
-        return tensor.device.type == "meta" and _key(tensor) in self._histories
+        return tensor.device.type == "meta" and key_of(tensor) in self._histories
 
     def adopt(self, tensor: Tensor) -> Tensor:
         """A deferred stand-in for a real tensor, which is kept as its first value until something overwrites it."""
         literal = tensor.detach().contiguous()
         stand_in = torch.empty(literal.shape, dtype=literal.dtype, device="meta")
         self._alive.append(stand_in)
-        self._note(aten.clone.default, (literal,), {}, False, [], [_key(stand_in)], creates=True)
+        self._note(aten.clone.default, (literal,), {}, False, [], [key_of(stand_in)], creates=True)
         return stand_in
 
     def defer_in_place(self, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Note a Python function that fills `tensor`, perhaps from random numbers, as if it were one operation."""
         whole = tensor.untyped_storage().nbytes() == tensor.nbytes
-        self._note(func, (tensor, *args), kwargs, True, [tensor], [_key(tensor)], overwrites=whole)
+        self._note(func, (tensor, *args), kwargs, True, [tensor], [key_of(tensor)], overwrites=whole)
         return tensor
 
     def place(self, tensor: Tensor) -> int:
         """Position of the last operation on a deferred tensor among all deferred operations."""
-        return self._histories[_key(tensor)].operations[-1].place
+        return self._histories[key_of(tensor)].operations[-1].place
 
     def value(self, tensor: Tensor) -> Tensor:
         """The real tensor that a deferred one stands for, freshly computed."""
-        return self._values([_view(tensor)], self._count)[0]
+        return self._values([view_of(tensor)], self._count)[0]
 
     def blocks(self, tensor: Tensor) -> Iterator[Tensor]:
         """The elements of a deferred tensor in order, 1-D: in small blocks if its recipe allows, else all at once."""
-        view, operations = _view(tensor), self._histories[_key(tensor)].operations
-        if not _in_blocks(view, operations):
+        view, operations = view_of(tensor), self._histories[key_of(tensor)].operations
+        if not in_blocks(view, operations):
             yield self.value(tensor).reshape(-1)
             return
         drawn = operations[1] if operations[1].random else None
@@ -167,11 +126,11 @@ class DeferredInit(TorchDispatchMode):
             self._advance(drawn)
             state = drawn.state = self._generator_state if self._is_next(drawn) else drawn.state
         start = 0
-        for count in _block_sizes(_numel(view)):
+        for count in block_sizes(view.numel):
             block = torch.empty(count, dtype=view.dtype)
             for operation in operations[1:]:
                 target = operation.args[0]
-                part = block[max(0, target.offset - start) : max(0, target.offset + _numel(target) - start)]
+                part = block[max(0, target.offset - start) : max(0, target.offset + target.numel - start)]
                 if operation is not drawn:
                     operation.function(part, *operation.args[1:], **operation.kwargs)
                     continue
@@ -186,12 +145,12 @@ class DeferredInit(TorchDispatchMode):
             self._pending.popleft()
             self._generator_state = state
 
-    def _is_next(self, operation: _Operation) -> bool:
+    def _is_next(self, operation: Operation) -> bool:
         return bool(self._pending) and self._pending[0] is operation
 
-    def _values(self, views: list[_View], before: int) -> list[Tensor]:
+    def _values(self, views: list[View], before: int) -> list[Tensor]:
         """What tensors held before the operation at a place."""
-        wanted: dict[int, _Operation] = {}
+        wanted: dict[int, Operation] = {}
         for view in views:
             self._collect(view.storage, before, wanted)
         memory: dict[int, torch.UntypedStorage] = {}
@@ -199,15 +158,15 @@ class DeferredInit(TorchDispatchMode):
             self._replay(wanted[place], memory)
         return [view.on(memory[view.storage]) for view in views]
 
-    def _collect(self, storage: int, before: int, wanted: dict[int, _Operation]) -> None:
+    def _collect(self, storage: int, before: int, wanted: dict[int, Operation]) -> None:
         for operation in self._histories[storage].operations:
             if operation.place < before and operation.place not in wanted:
                 wanted[operation.place] = operation
                 for read in operation.reads:
                     self._collect(read, operation.place, wanted)
 
-    def _replay(self, operation: _Operation, memory: dict[int, torch.UntypedStorage]) -> None:
-        args, kwargs = tree_map_only(_View, lambda v: v.on(memory[v.storage]), (operation.args, operation.kwargs))
+    def _replay(self, operation: Operation, memory: dict[int, torch.UntypedStorage]) -> None:
+        args, kwargs = tree_map_only(View, lambda v: v.on(memory[v.storage]), (operation.args, operation.kwargs))
         if not operation.random:
             result = operation.function(*args, **kwargs)
         else:
@@ -224,21 +183,21 @@ class DeferredInit(TorchDispatchMode):
         for storage, tensor in zip(operation.creates, _tensors(result), strict=False):
             memory[storage] = tensor.untyped_storage()
 
-    def _advance(self, until: _Operation | None) -> None:
+    def _advance(self, until: Operation | None) -> None:
         """Pass pending random operations up to `until` (None: all) without keeping what they draw."""
         while self._pending and (until is None or self._pending[0].place < until.place):
             operation = self._pending[0]
             target = operation.args[0] if operation.args else None
             drawn_in_blocks = operation.function in (aten.uniform_.default, aten.normal_.default)
-            if drawn_in_blocks and isinstance(target, _View) and target.contiguous:
+            if drawn_in_blocks and isinstance(target, View) and target.contiguous:
                 state = self._generator_state
                 with _generator_at(state):
-                    _draw(operation, target)
+                    draw(operation, target)
                     self._generator_state = torch.get_rng_state()
                 self._pending.popleft()
                 operation.state = state if operation.needed else None
             else:
-                views = [v for v in tree_leaves((operation.args, operation.kwargs)) if isinstance(v, _View)]
+                views = [v for v in tree_leaves((operation.args, operation.kwargs)) if isinstance(v, View)]
                 tensors = self._values(views, operation.place)
                 memory = {v.storage: t.untyped_storage() for v, t in zip(views, tensors, strict=True)}
                 if self._is_next(operation):
@@ -258,7 +217,7 @@ class DeferredInit(TorchDispatchMode):
     def _create(self, func: Any, args: Any, kwargs: Any, random: bool) -> Tensor:
         result: Tensor = func(*args, **{**kwargs, "device": torch.device("meta")})
         self._alive.append(result)
-        self._note(func, args, kwargs, random, [], [_key(result)], creates=True)
+        self._note(func, args, kwargs, random, [], [key_of(result)], creates=True)
         return result
 
     def _note(
@@ -273,27 +232,27 @@ class DeferredInit(TorchDispatchMode):
         creates: bool = False,
     ) -> None:
         def freeze(tensor: Tensor) -> Any:
-            return _view(tensor) if self.is_deferred(tensor) else tensor.detach()
+            return view_of(tensor) if self.is_deferred(tensor) else tensor.detach()
 
         if _is_meta(kwargs.get("device")):
             kwargs = {**kwargs, "device": torch.device("cpu")}
         frozen_args, frozen_kwargs = tree_map_only(Tensor, freeze, (args, kwargs))
-        reads = frozenset(_key(t) for t in deferred) - frozenset(storages)
+        reads = frozenset(key_of(t) for t in deferred) - frozenset(storages)
         for storage in reads:
             self._histories[storage].read_by_others = True
         made = tuple(storages) if creates else ()
-        operation = _Operation(func, frozen_args, frozen_kwargs, self._count, reads, made, random)
+        operation = Operation(func, frozen_args, frozen_kwargs, self._count, reads, made, random)
         self._count += 1
         if random:
             self._pending.append(operation)
         for storage in storages:
-            history = self._histories.setdefault(storage, _History())
+            history = self._histories.setdefault(storage, History())
             if overwrites and not history.read_by_others:
                 view = frozen_args[0]
                 for old in history.operations:
                     old.needed, old.state = False, None
                 empty, place = aten.empty.memory_format, history.operations[0].place
-                memory = _Operation(empty, ([_numel(view)],), {"dtype": view.dtype}, place, creates=(storage,))
+                memory = Operation(empty, ([view.numel],), {"dtype": view.dtype}, place, creates=(storage,))
                 history.operations = [memory]
             history.operations.append(operation)
 
@@ -335,53 +294,6 @@ def _generator_at(state: Tensor) -> Iterator[None]:
         yield
     finally:
         torch.set_rng_state(before)
-
-
-def _draw(operation: _Operation, target: _View) -> None:
-    """Draw what an in-place uniform_ or normal_ of a contiguous tensor draws, in little memory."""
-    scratch = torch.empty(min(_numel(target), _BLOCK + 15), dtype=target.dtype)
-    for count in _block_sizes(_numel(target)):
-        operation.function(scratch[:count], *operation.args[1:], **operation.kwargs)
-
-
-def _block_sizes(numel: int) -> Iterator[int]:
-    """Cut a contiguous uniform_ or normal_ so that the blocks draw, and give, what the whole does."""
-    while numel >= _BLOCK + 16:
-        yield _BLOCK
-        numel -= _BLOCK
-    yield numel  # 16 elements or more, unless that is all: normal_ draws fewer in another way
-
-
-def _in_blocks(view: _View, operations: list[_Operation]) -> bool:
-    """Whether a recipe is: memory, then at most one draw of the whole, then constants in contiguous ranges."""
-    if len(operations) < 2 or operations[0].function is not aten.empty.memory_format:
-        return False
-    for index, operation in enumerate(operations[1:]):
-        target = operation.args[0]
-        if not (isinstance(target, _View) and target.contiguous and target.dtype == view.dtype):
-            return False
-        is_draw = operation.function in (aten.uniform_.default, aten.normal_.default)
-        if is_draw and (index > 0 or target != view):
-            return False
-        if not is_draw and operation.function not in (aten.zero_.default, aten.fill_.Scalar):
-            return False
-    return view.contiguous and view.offset == 0
-
-
-def _key(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-def _view(tensor: Tensor) -> _View:
-    size, stride, offset = tuple(tensor.size()), tuple(tensor.stride()), int(tensor.storage_offset())
-    return _View(_key(tensor), size, stride, offset, tensor.dtype, tensor.is_contiguous())
-
-
-def _numel(view: _View) -> int:
-    numel = 1
-    for extent in view.size:
-        numel *= extent
-    return numel
 
 
 def _tensors(result: Any) -> list[Tensor]:
