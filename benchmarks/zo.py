@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import statistics
 import subprocess
 import sys
@@ -23,8 +22,11 @@ from typing import Any
 
 import yaml
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+from offload.environment import set_defaults
 
+set_defaults()
+
+# ruff: noqa: E402  (PyTorch reads the environment when it is loaded)
 import torch
 from offload.planner import load_hardware
 from transformers import AutoModelForCausalLM, LlamaConfig
