@@ -2,11 +2,15 @@
 
 Tensors below `MMAP_THRESHOLD` live in the heap. What they leave free is not given back by itself, and mostly cannot be
 used again for tensors of the same size: PyTorch asks for aligned memory, and before glibc 2.38 a freed block is too
-small for an equal aligned one. Each pass through a unit so leaves holes between what it keeps (some 9 MiB of 40 in a
-llama block), and a step without what is done here took up to 270 MiB more than its tensors. Trimming gives the pages of
-all holes back, and each is then faulted in anew: at every growth it made a step of a 60M gpt2 43 % longer, and gave one
-of a 271M llama within its smallest budget 250 thousand page faults instead of 30. So it is done only where the process
-would otherwise leave its plan: where what it holds, with what the pass to come may take, is more than is planned.
+small for an equal aligned one. So each pass through a unit leaves holes around what outlives it: its outputs, and what
+is still on its way out. Inner activations that are kept do not stay there: they are copied into memory of the engine's
+as soon as the unit is done (`SavedTensors.keep_in`). While they did, a step without what is done here took up to 270
+MiB more than its tensors.
+
+Trimming gives the pages of all holes back, and each is then faulted in anew: at every growth it made a step of a 60M
+gpt2 43 % longer, and gave one of a 271M llama within its smallest budget 250 thousand page faults instead of 30. So it
+is done only where the process would otherwise leave its plan: where what it holds, with what the pass to come may take,
+is more than is planned.
 """
 
 from __future__ import annotations
@@ -50,7 +54,7 @@ class Heap:
         Args:
             kind: of the unit, and the direction. Of what a pass left, the next of its kind uses about half again and
                 others nothing, and the activations that backward has used up stay only among units of one kind.
-            held: bytes of activations that are alive.
+            held: bytes of activations that are alive in the framework's memory.
             coming: bytes that the pass may take, HEAP_KEEPS of them for what the heap has free now.
         """
         if self._trim is None:
