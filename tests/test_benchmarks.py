@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.step import compare, watch
+from benchmarks.step import compare, watch, zero
 from benchmarks.step.__main__ import main
 from benchmarks.step.setting import Setting
 from offload import footprint
@@ -41,6 +42,18 @@ def test_plain_and_this_engine_side_by_side(
     assert main([*command, "--resume-rounds"]) == 0  # nothing is run again
     assert json.loads(out.read_text())["rounds"]["1"]["e"]["began"] == began
     assert "equal" in capsys.readouterr().out
+
+
+def test_a_lock_that_a_killed_build_left_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is built or measured; PyTorch would wait for it without end."""
+    lock = tmp_path / "cpu_adam" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    with pytest.raises(RuntimeError, match=rf"{re.escape(str(lock))} says that .* remove the file"):
+        zero.build()
+    lock.unlink()
+    zero.refuse_locks()
 
 
 def rounds(**seconds: list[list[float]]) -> compare.Rounds:

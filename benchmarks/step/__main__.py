@@ -58,11 +58,11 @@ class Comparison:
         if not self.options.resume_rounds:
             shutil.rmtree(self.kept, ignore_errors=True)
         self.kept.mkdir(parents=True, exist_ok=True)
+        systems = self._usable()
         if not self.model.exists():
             say(f"making {self.model.name}")
             self.model.parent.mkdir(parents=True, exist_ok=True)
             self._job("model", "a", "model", MODEL_LIMIT)
-        systems = self._usable()
         base = footprint.measure("llama")
         for number in range(self.options.rounds):
             turn = number % len(systems) if systems else 0

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from offload.io import libaio
 from torch import Tensor
 
 from benchmarks.step.plain import micro_batches
@@ -26,6 +27,7 @@ OFF = (
     "stage3_param_persistence_threshold",
 )
 PARAMETER_BUFFERS, STATE_BUFFERS = 5, 4  # DeepSpeed's defaults
+NATIVE = ("cpu_adam", "async_io", "pin_memory", "deepspeed_shm_comm")  # the parts that it compiles and loads here
 
 
 def config(setting: Setting, nvme: Path | None, changes: dict[str, Any]) -> dict[str, Any]:
@@ -66,8 +68,18 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def refuse_locks() -> None:
+    """Raise where a build of one of the native parts is under way, or was killed: PyTorch waits for it without end."""
+    if locks := [lock for folder in libaio._folders() for name in NATIVE if (lock := folder / name / "lock").exists()]:
+        raise RuntimeError(
+            f"{', '.join(map(str, locks))} says that a part of DeepSpeed is being built; if no build is running, one "
+            "was killed: remove the file"
+        )
+
+
 def build() -> None:
     """Compile DeepSpeed's native parts, once (minutes); what cannot be had raises."""
+    refuse_locks()
     from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
 
     CPUAdamBuilder().load()
