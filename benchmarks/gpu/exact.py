@@ -59,7 +59,9 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
 def reference(model: nn.Module, case: Case, steps: int) -> tuple[list[float], list[float], dict[str, Tensor]]:
     """Losses, gradient norms, and final weights in the compute dtype, on the CPU."""
     masters = [nn.Parameter(p.detach().clone()) for p in model.parameters()]
-    model = model.to(case.device, getattr(torch, case.dtype))
+    model = model.to(case.device)
+    for p in model.parameters():  # buffers keep their dtype, as in a model that is loaded in half precision
+        p.data = p.data.to(getattr(torch, case.dtype))
     weights = list(model.parameters())
     optimizer = torch.optim.AdamW(masters, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True)
     losses, norms = [], []

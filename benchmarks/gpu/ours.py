@@ -13,13 +13,13 @@ from typing import Any, Self
 import torch
 from offload.io.directfile import DirectFile
 from offload.planner.activations import can_choose
-from offload.planner.decide import decide
+from offload.planner.decide import as_plan, decide
+from offload.planner.prediction import predict
 from torch import nn
 
 import offload
 from benchmarks.gpu import profiled
 from benchmarks.gpu.case import Case
-from benchmarks.long_sequence import as_plan
 from offload.engine import Engine, Prepared, prepare
 
 
@@ -66,7 +66,8 @@ def swapped(prepared: Prepared, to_nvme: bool) -> Prepared:
     units = tuple(
         replace(c, **share) if can_choose(u) else c for u, c in zip(w.units, mix.choice.units, strict=True)
     )
-    plan = as_plan(prepared.plan, mix, replace(mix.choice, units=units))
+    choice = replace(mix.choice, units=units)
+    plan = as_plan(replace(mix, choice=choice, prediction=predict(w, prepared.hardware, choice)), 0.0)
     return replace(prepared, workload=w, plan=plan)
 
 
