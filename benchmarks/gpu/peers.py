@@ -7,7 +7,6 @@ own business, reentrant (with the other form DeepSpeed's run on the SSD was seen
 from __future__ import annotations
 
 import importlib.util
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -87,36 +86,17 @@ def deepspeed_nvme(case: Case, directory: Path) -> tuple[Step, int]:
 
 def _deepspeed(case: Case, nvme: Path | None) -> tuple[Step, int]:
     _need("deepspeed")
-    cuda = case.device == "cuda"
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533", "RANK": "0", "LOCAL_RANK": "0",
-                   "WORLD_SIZE": "1"}  # fmt: skip
-    if not cuda:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed
-
-    if nvme is not None:
-        nvme.mkdir(parents=True)
     changes: dict[str, Any] = {}
-    if cuda:  # the defaults for prefetching and small parameters, and page-locked memory
+    if case.device == "cuda":  # the defaults for prefetching and small parameters, and page-locked memory
         changes = {"zero_optimization": {"offload_param": {"pin_memory": True},
                                          "offload_optimizer": {"pin_memory": True}}}  # fmt: skip
-    settings = zero.config(case, nvme, changes)  # type: ignore[arg-type]
-    deepspeed.init_distributed("nccl" if cuda else "gloo")
+    settings = zero.started(case.device, case, nvme, changes)
+    import deepspeed
+
     with deepspeed.zero.Init(config_dict_or_path=settings, dtype=torch.bfloat16):
         model = _checkpointed(case.build("cpu", torch.bfloat16))
     count = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-    engine, *_ = deepspeed.initialize(model=model, config=settings, model_parameters=model.parameters())
-
-    def step(batch: dict[str, Tensor]) -> float:
-        total = 0.0
-        for micro in micro_batches(batch, case.micro_batch):
-            loss = engine(**micro).loss
-            total += loss.item() / case.micro_batches
-            engine.backward(loss)
-            engine.step()
-        return total
-
-    return step, count
+    return zero.stepping(model, case, settings), count
 
 
 def torchao(case: Case, directory: Path) -> tuple[Step, int]:

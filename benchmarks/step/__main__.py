@@ -166,9 +166,6 @@ class Comparison:
             "deepspeed": self.deepspeed,
         }
         environment = {"TOKENIZERS_PARALLELISM": "false"}
-        if system in DEEPSPEED:
-            environment |= {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29531"}
-            environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         if system in OURS:
             environment |= DEFAULTS  # as its command line sets
         result = watch.run(job, environment, limit, lambda line: say(f"    {line}"))

@@ -8,10 +8,11 @@ its default, with 5 and with 8 buffers); small parameters that stay were not tri
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from offload.io import libaio
@@ -30,7 +31,20 @@ PARAMETER_BUFFERS, STATE_BUFFERS = 5, 4  # DeepSpeed's defaults
 NATIVE = ("cpu_adam", "async_io", "pin_memory", "deepspeed_shm_comm")  # the parts that it compiles and loads here
 
 
-def config(setting: Setting, nvme: Path | None, changes: dict[str, Any]) -> dict[str, Any]:
+class Sizes(Protocol):
+    """What DeepSpeed has to know of a setting, here, or of a case of `benchmarks.gpu`."""
+
+    @property
+    def micro_batch(self) -> int: ...
+    @property
+    def micro_batches(self) -> int: ...
+    @property
+    def max_grad_norm(self) -> float | None: ...
+    @property
+    def largest_parameter(self) -> int: ...
+
+
+def config(setting: Sizes, nvme: Path | None, changes: dict[str, Any]) -> dict[str, Any]:
     """DeepSpeed's configuration; `changes` are merged over it."""
     parameters: dict[str, Any] = {"device": "cpu", "pin_memory": False}
     optimizer: dict[str, Any] = {"device": "cpu", "pin_memory": False}
@@ -77,31 +91,40 @@ def refuse_locks() -> None:
         )
 
 
+def _imported(device: str) -> Any:
+    """The package, with this process as a world of its own: it reads the environment when it is imported."""
+    refuse_locks()
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29531", "RANK": "0", "LOCAL_RANK": "0",
+                   "WORLD_SIZE": "1"}  # fmt: skip
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    return deepspeed
+
+
 def build() -> None:
     """Compile DeepSpeed's native parts, once (minutes); what cannot be had raises."""
-    refuse_locks()
+    _imported("cpu")
     from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
 
     CPUAdamBuilder().load()
     AsyncIOBuilder().load()
 
 
-@contextmanager
-def opened(
-    setting: Setting, model_dir: str, nvme: Path | None, changes: dict[str, Any]
-) -> Iterator[Callable[[dict[str, Tensor]], float]]:
-    """A function that takes one optimizer step on a global batch and returns its loss."""
-    import deepspeed
-    from transformers import AutoModelForCausalLM
-    from transformers.integrations import HfDeepSpeedConfig
-
+def started(device: str, setting: Sizes, nvme: Path | None, changes: dict[str, Any]) -> dict[str, Any]:
+    """Make this process a world of its own, before the model is made; returns its configuration (see `config`)."""
+    deepspeed = _imported(device)
     if nvme is not None:
         nvme.mkdir(parents=True)
-    settings = config(setting, nvme, changes)
-    deepspeed.init_distributed("gloo")
-    partitioned = HfDeepSpeedConfig(settings)  # while it lives, from_pretrained partitions what it loads
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16).train()
-    model.gradient_checkpointing_enable({"use_reentrant": True})
+    deepspeed.init_distributed("nccl" if device == "cuda" else "gloo")
+    return config(setting, nvme, changes)
+
+
+def stepping(model: Any, setting: Sizes, settings: dict[str, Any]) -> Callable[[dict[str, Tensor]], float]:
+    """A function that takes one optimizer step of a partitioned model on a global batch and returns its loss."""
+    import deepspeed
+
     engine, *_ = deepspeed.initialize(model=model, config=settings, model_parameters=model.parameters())
 
     def step(batch: dict[str, Tensor]) -> float:
@@ -113,5 +136,20 @@ def opened(
             engine.step()
         return total
 
-    yield step
+    return step
+
+
+@contextmanager
+def opened(
+    setting: Setting, model_dir: str, nvme: Path | None, changes: dict[str, Any]
+) -> Iterator[Callable[[dict[str, Tensor]], float]]:
+    """A function that takes one optimizer step on a global batch and returns its loss."""
+    settings = started("cpu", setting, nvme, changes)
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    partitioned = HfDeepSpeedConfig(settings)  # while it lives, from_pretrained partitions what it loads
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16).train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    yield stepping(model, setting, settings)
     del partitioned
