@@ -90,8 +90,8 @@ def _trace(
 ) -> BlockTrace:
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
-        fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        clone = fake_copy(model, fake, dtype, "cpu")
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        clone = fake_copy(model, dtype, "cpu")
         if experts is not None:
             set_experts: Any = clone.set_experts_implementation  # a method of every model of the library
             set_experts(experts)

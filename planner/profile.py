@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -104,8 +104,8 @@ def _trace(
         if whole_rows:
             stack.enter_context(_not_packed())
         stack.enter_context(torch.random.fork_rng(devices=[]))
-        fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        clone = fake_copy(model, fake, compute, device)
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        clone = fake_copy(model, compute, device)
         if not with_backward:
             clone.requires_grad_(False)
         if experts is not None:
@@ -198,16 +198,23 @@ def _shared_gradients(tape: list[list[Any]]) -> int:
     return sum(sizes[key] for key, count in readers.items() if count > 1)
 
 
-def fake_copy(model: nn.Module, fake: FakeTensorMode, compute: torch.dtype, device: str) -> nn.Module:
-    """A copy of the model with fake parameters on `device`; the originals are neither copied nor changed."""
+def fake_copy(model: nn.Module, compute: torch.dtype, device: str) -> nn.Module:
+    """A copy with empty parameters and buffers on `device`, fake ones under FakeTensorMode."""
+    return empty_copy(model, compute, device, lambda b: torch.empty(b.shape, dtype=b.dtype, device=device))
+
+
+def empty_copy(
+    model: nn.Module, compute: torch.dtype, device: str, buffer: Callable[[Tensor], Tensor]
+) -> nn.Module:
+    """A copy to train, with empty parameters on `device` and with `buffer(b)` for every buffer b; the originals are
+    neither copied nor changed."""
     memo: dict[int, Any] = {}
     for p in model.parameters():
         dtype = compute if p.is_floating_point() else p.dtype
-        with torch.no_grad():
-            twin = torch.empty(p.shape, dtype=dtype, device=device)
+        twin = torch.empty(p.shape, dtype=dtype, device=device)
         memo[id(p)] = nn.Parameter(twin, requires_grad=p.requires_grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+    for b in model.buffers():
+        memo[id(b)] = buffer(b)
     clone = copy.deepcopy(model, memo)
     for module in clone.modules():
         config = getattr(module, "config", None)

@@ -8,7 +8,6 @@ random weights, run, and its weights dropped; the units between are passed over.
 from __future__ import annotations
 
 import contextvars
-import copy
 import gc
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -22,7 +21,7 @@ import torch.utils._pytree as pytree
 from offload.planner import unit_times
 from offload.planner.bounds import UnitModules
 from offload.planner.plan import Hardware, Profile, UnitCost
-from offload.planner.profile import default_batch
+from offload.planner.profile import default_batch, empty_copy
 from offload.planner.tracer import (
     Tracer,
     backward,
@@ -261,7 +260,12 @@ def _measure(
     run, nor is anything from visit `stop` on."""
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
-        clone = _clone(model, dtype, device)
+
+        def filled(buffer: Tensor) -> Tensor:
+            value = 1.0 if buffer.is_floating_point() else 0
+            return torch.full(buffer.shape, value, dtype=buffer.dtype, device=device)
+
+        clone = empty_copy(model, dtype, "meta", filled)
         if not with_backward:
             clone.requires_grad_(False)
         owners = owners_of(model, clone, units)
@@ -321,22 +325,6 @@ def _tail(
         return time.perf_counter() - float(seconds.begin)
     finally:
         _give_back(timer.restore)
-
-
-def _clone(model: nn.Module, dtype: torch.dtype, device: str) -> nn.Module:
-    """A copy with parameters on meta and buffers of ones or zeros; the originals are neither copied nor changed."""
-    memo: dict[int, Any] = {}
-    for p in model.parameters():
-        compute = dtype if p.is_floating_point() else p.dtype
-        memo[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=compute, device="meta"), requires_grad=p.requires_grad)
-    for b in model.buffers():
-        memo[id(b)] = torch.full(b.shape, 1.0 if b.is_floating_point() else 0, dtype=b.dtype, device=device)
-    clone = copy.deepcopy(model, memo)
-    for module in clone.modules():
-        config = getattr(module, "config", None)
-        if config is not None and hasattr(config, "use_cache"):
-            config.use_cache = False
-    return clone.train()
 
 
 def _materialize(
