@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from offload.io import BLOCK, STRIPE, Ledger, allocate, copy_and_scan
-from offload.io.content import summer
+from offload.io.sums import summer
 
 from benchmarks import machine
 

@@ -29,6 +29,7 @@ from .request import Observer, Priority, Request
 from .scan import NonFiniteError, Scan, copy_and_scan, first_non_finite
 from .scheduling import yield_to_compute
 from .store import Store
+from .sums import BlockCheck, BlockSums
 from .threads import ThreadsBackend
 from .tiers import HostTier, Pace, copy, moving
 from .uring import UringBackend
@@ -40,6 +41,8 @@ __all__ = [
     "STRIPE",
     "AiofilesBackend",
     "Backend",
+    "BlockCheck",
+    "BlockSums",
     "ChecksumError",
     "Choice",
     "DirectFile",

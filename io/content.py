@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 from torch import Tensor
 
 from .backend import Backend
 from .buffers import allocate
 from .directfile import DirectFile
-from .errors import ChecksumError, IOTimeout, StoreError
+from .errors import IOTimeout, StoreError
 from .ledger import Ledger
 from .manifest import BLOCK, STRIPE, Bytes, Extent, Side, Uint64s
 from .request import Priority, Transfer
+from .sums import FAILED, PENDING, UNKNOWN, VALID, checker, zero_sum
 
-# What is known of a block on one side.
-UNKNOWN, VALID, PENDING, FAILED = range(4)
 NOT_COMMITTED = 255
 
 
@@ -40,8 +36,8 @@ class Content:
 
     def set_zero(self) -> None:
         """A fresh file reads as zeros: that is the content of side 0 until it is written."""
-        self.sums[0, :] = _zero_sum(BLOCK)
-        self.sums[0, -1] = _zero_sum(self.extent.padded - (self.extent.blocks - 1) * BLOCK)
+        self.sums[0, :] = zero_sum(BLOCK)
+        self.sums[0, -1] = zero_sum(self.extent.padded - (self.extent.blocks - 1) * BLOCK)
         self.state[0, :] = VALID
 
     def set_committed(self, sides: Bytes, sums: Uint64s) -> None:
@@ -78,11 +74,6 @@ class Content:
                 raise StoreError(f"cannot {what} extent '{self.extent.key}', block {block}: {reason}")
 
 
-@functools.cache
-def _zero_sum(nbytes: int) -> int:
-    return xxhash.xxh3_64_intdigest(bytes(nbytes))
-
-
 @dataclass(frozen=True)
 class Part:
     """Consecutive blocks that lie behind each other in one file. `first` counts from the request's first block."""
@@ -109,36 +100,6 @@ def parts_of(content: Content, blocks: npt.NDArray[np.intp], sides: Bytes) -> li
         else:
             parts.append(Part(file, offset, index, 1))
     return parts
-
-
-def checker(key: str, path: Path, offset: int, first: int, sums: Uint64s, known: Bytes) -> Callable[[memoryview], None]:
-    """Compares what was read, blocks `first`... of an extent, with the checksums of those blocks that are known."""
-
-    def check(view: memoryview) -> None:
-        for index, expected in enumerate(sums.tolist()):
-            if (
-                known[index] == VALID
-                and xxhash.xxh3_64_intdigest(view[index * BLOCK : (index + 1) * BLOCK]) != expected
-            ):
-                raise ChecksumError(
-                    f"extent '{key}', block {first + index}: the bytes read are not those written",
-                    path=path,
-                    offset=offset + index * BLOCK,
-                    length=len(view[index * BLOCK : (index + 1) * BLOCK]),
-                    advice="The drive or the memory returned wrong data: check both, and restore the last export.",
-                )
-
-    return check
-
-
-def summer(sums: Uint64s) -> Callable[[memoryview], None]:
-    """Puts the checksums of the blocks about to be written into `sums`."""
-
-    def compute(view: memoryview) -> None:
-        for index in range(len(sums)):
-            sums[index] = xxhash.xxh3_64_intdigest(view[index * BLOCK : (index + 1) * BLOCK])
-
-    return compute
 
 
 def verify_blocks(contents: Iterable[Content], data: Sequence[DirectFile], backend: Backend) -> list[str]:

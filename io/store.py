@@ -23,13 +23,14 @@ from torch import Tensor
 
 from . import manifest, store_parts
 from .backend import Backend
-from .content import FAILED, PENDING, VALID, Content, checker, parts_of, summer, verify_blocks
+from .content import Content, parts_of, verify_blocks
 from .endurance import Wear
 from .errors import IOTimeout, StoreError, from_os_error
 from .manifest import BLOCK, Extent, Manifest, StorePath
 from .manifest_file import ManifestFile
 from .request import Batch, Observer, Priority, Request, Transfer
 from .store_parts import StoreParts
+from .sums import FAILED, PENDING, VALID, BlockCheck, BlockSums, checker, summer
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +165,18 @@ class Store:
         is read. The request fails with ChecksumError when the bytes are not those that were written; only blocks of a
         scratch extent that this process has not written go unchecked.
         """
+        return self._read(key, offset, buffer, priority)[0]
+
+    def read_unchecked(
+        self, key: str, offset: int, buffer: Tensor, priority: Priority = Priority.COMPUTE
+    ) -> tuple[Request, BlockCheck]:
+        """As read, but the bytes are to be checked by the caller, who has them in a core's cache then: pass them to the
+        check in order, in pieces of any size, and call its finish() before anything made from them is kept."""
+        return self._read(key, offset, buffer, priority, check=False)
+
+    def _read(
+        self, key: str, offset: int, buffer: Tensor, priority: Priority, check: bool = True
+    ) -> tuple[Request, BlockCheck]:
         content = self._content(key)
         blocks = content.span(offset, buffer.numel())
         with self._changed:
@@ -176,13 +189,27 @@ class Store:
         for part in parts_of(content, blocks, sides):
             span = slice(part.first, part.first + part.blocks)
             file = self._data[part.file]
-            check = checker(key, file.path, part.offset, int(blocks[part.first]), sums[span], known[span])
+            first = int(blocks[part.first])
+            after = checker(key, file.path, part.offset, first, sums[span], known[span]) if check else None
             chunk = buffer[part.first * BLOCK : (part.first + part.blocks) * BLOCK]
-            transfers.append(Transfer("read", file, part.offset, chunk, priority, label=key, after=check))
-        return self._submit(Batch(transfers, key))
+            transfers.append(Transfer("read", file, part.offset, chunk, priority, label=key, after=after))
 
-    def write(self, key: str, offset: int, buffer: Tensor, priority: Priority = Priority.WRITE) -> Request:
+        def place(index: int) -> tuple[Path, int]:
+            at = content.places[sides[index]]
+            return self._data[at.files[blocks[index]]].path, int(at.offsets[blocks[index]])
+
+        return self._submit(Batch(transfers, key)), BlockCheck(key, int(blocks[0]), sums, known, place)
+
+    def write(
+        self,
+        key: str,
+        offset: int,
+        buffer: Tensor,
+        priority: Priority = Priority.WRITE,
+        sums: BlockSums | None = None,
+    ) -> Request:
         """Write `buffer` (as for read) at byte `offset` of the extent; it must not change until the request is done.
+        `sums` are the checksums of its bytes, all of which went through it; without, they are computed here.
 
         A block whose current content is committed is written to its other side, and reads see it after publish(); one
         that is not is overwritten in place. Blocks that are being committed by another thread are waited for.
@@ -191,6 +218,9 @@ class Store:
         """
         content = self._content(key)
         blocks = content.span(offset, buffer.numel())
+        given = None if sums is None else sums.finish()
+        if given is not None and len(given) != len(blocks):
+            raise StoreError(f"cannot write extent '{key}': {len(given)} checksums for {len(blocks)} blocks")
         with self._changed:
             self._check_usable()
             self._wait_for_commit(content, blocks)
@@ -208,13 +238,13 @@ class Store:
                     f"cannot write extent '{key}', block {int(blocks[pending][0])}: it is still being written: "
                     "wait for the write first"
                 )
-            sums = np.zeros(len(blocks), np.uint64)
+            found = np.array(given or [0] * len(blocks), np.uint64)
             transfers = []
             for part in parts_of(content, blocks, target):
                 chunk = buffer[part.first * BLOCK : (part.first + part.blocks) * BLOCK]
-                compute = summer(sums[part.first : part.first + part.blocks])
+                before = summer(found[part.first : part.first + part.blocks]) if given is None else None
                 file = self._data[part.file]
-                transfer = Transfer("write", file, part.offset, chunk, priority, label=key, before=compute)
+                transfer = Transfer("write", file, part.offset, chunk, priority, label=key, before=before)
                 transfer.add_done_callback(self._wear.counter(part.file))
                 transfers.append(transfer)
             content.state[target, blocks] = PENDING
@@ -222,7 +252,7 @@ class Store:
 
         def settle(error: StoreError | None) -> None:
             with self._changed:
-                content.sums[target, blocks] = sums
+                content.sums[target, blocks] = found
                 content.state[target, blocks] = VALID if error is None else FAILED
 
         return self._submit(Batch(transfers, key, settle))
@@ -379,4 +409,3 @@ class Store:
             except StoreError as error:  # closed meanwhile; the others may be under way, so the batch must say it
                 transfer.finish(error)
         return batch
-

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +26,8 @@ if TYPE_CHECKING:  # it imports this module, and is itself imported only where i
 
 # Elements updated at a time: the arrays of one pass stay in a core's second-level cache.
 CACHE_ELEMENTS = 64 * 1024
+# Elements whose state stays in a core's share of the third-level cache from one pass over it to the next.
+WINDOW_ELEMENTS = 256 * 1024
 # Fewest elements that are worth a thread's waking up where several threads share a chunk.
 _SHARE_ELEMENTS = 128 * 1024
 
@@ -195,9 +198,7 @@ def _update(
             weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
         )  # fmt: skip
         if low is not None:
-            _split(
-                whole, bits.narrow(0, 0, n), p, low_part, v, mark, scratch.narrow(0, 0, n), wide.narrow(0, 0, n)
-            )
+            _split(whole, bits.narrow(0, 0, n), p, low_part, v, mark, scratch.narrow(0, 0, n), wide.narrow(0, 0, n))
 
 
 @dataclass(frozen=True)
@@ -276,6 +277,11 @@ class Kernel:
             self._loader = threading.Thread(target=self._load, name="adamw-jit")
             self._loader.start()
 
+    @property
+    def window(self) -> int:
+        """Elements of a step whose state stays in the threads' caches for another pass."""
+        return WINDOW_ELEMENTS * self._threads
+
     def wait(self) -> None:
         """Return when the compiled kernels are in use or known to be of no use."""
         if self._loader is not None:
@@ -302,20 +308,31 @@ class Kernel:
         The gradient is read only; `hyper.coefficient` is applied on the way. Elements outside of all pieces keep their
         values. Equal to the bit to `torch.optim.AdamW(fused=True)` on whole float32 tensors.
         """
+        if not pieces:
+            return
         chunk = Chunk(param, low, grad, exp_avg, exp_avg_sq)
         jit = self._jit
         run = jit.part if jit is not None and jit.takes(chunk, hyper) else self._stock_part
-        if self._pool is None or not pieces:
+        if self._pool is None:
             run(chunk, pieces, hyper)
             return
         # One share per thread, the first one here: handing over costs as much as 50,000 elements.
-        each = max(-(-param.numel() // (64 * self._threads)) * 64, _SHARE_ELEMENTS)
-        mine, *others = _parts(pieces, each)
-        running = [self._pool.submit(run, chunk, other, hyper) for other in others]
+        span = pieces[-1][1] - pieces[0][0]
+        each = max(-(-span // (64 * self._threads)) * 64, _SHARE_ELEMENTS)
+        self.share([partial(run, chunk, part, hyper) for part in _parts(pieces, each)])
+
+    def share(self, tasks: Sequence[Callable[[], None]]) -> None:
+        """Run independent tasks on the threads, the caller's own included; raises the first error when all ended."""
+        if self._pool is None or len(tasks) < 2:
+            for task in tasks:
+                task()
+            return
+        mine, *others = tasks
+        running = [self._pool.submit(other) for other in others]
         try:
-            run(chunk, mine, hyper)
+            mine()
         finally:
-            wait(running)  # they write to the caller's memory
+            wait(running)  # they work on the caller's memory
         for other in running:
             other.result()
 
@@ -331,6 +348,12 @@ class Kernel:
         loaded = adamw_jit.load()
         self._jit = loaded.jit
         self.reasons = loaded.reasons
+
+
+def within(pieces: Sequence[Piece], start: int, stop: int) -> list[Piece]:
+    """What of the pieces lies between two elements of the chunk, both multiples of 64 or its end."""
+    cut = ((max(first, start), min(end, stop), step) for first, end, step in pieces)
+    return [piece for piece in cut if piece[0] < piece[1]]
 
 
 def _parts(pieces: Sequence[Piece], window: int) -> Iterator[list[Piece]]:

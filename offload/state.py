@@ -14,7 +14,20 @@ import torch
 from torch import Tensor
 
 from offload import adamw
-from offload.io import BLOCK, Extent, HostBuffer, HostTier, Ledger, Priority, Request, Ring, Store, copy, moving
+from offload.io import (
+    BLOCK,
+    BlockSums,
+    Extent,
+    HostBuffer,
+    HostTier,
+    Ledger,
+    Priority,
+    Request,
+    Ring,
+    Store,
+    copy,
+    moving,
+)
 from offload.planner import Plan
 from offload.units import Unit
 
@@ -51,9 +64,9 @@ class UnitState:
         """The roles an optimizer step rewrites, in store order."""
         return [role for role in self.written if role in self.sizes]
 
-    def write(self, role: str, offset: int, buffer: Tensor) -> Request:
+    def write(self, role: str, offset: int, buffer: Tensor, sums: BlockSums | None = None) -> Request:
         """Write part of a role to its shadow extent; the buffer must stay untouched until the request is done."""
-        return self.store.write(self.key(role), offset, buffer, Priority.WRITE)
+        return self.store.write(self.key(role), offset, buffer, Priority.WRITE, sums)
 
 
 def role_dtype(role: str, compute: torch.dtype) -> torch.dtype:
@@ -71,9 +84,7 @@ def role_sizes(unit: Unit, dtype: torch.dtype) -> dict[str, int]:
     return {role: n for role, n in sizes.items() if n}
 
 
-def extents(
-    units: Sequence[Unit], dtype: torch.dtype, gradient_dtype: torch.dtype, clipping: bool
-) -> list[Extent]:
+def extents(units: Sequence[Unit], dtype: torch.dtype, gradient_dtype: torch.dtype, clipping: bool) -> list[Extent]:
     """Everything the store has to hold. With clipping it has room for all gradients, wherever this plan lets them wait:
     a run can go on with another RAM budget."""
     found = []

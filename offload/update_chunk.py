@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from offload.adamw import Hyper, Kernel
+from offload.adamw import Hyper, Kernel, within
 from offload.device import Device
-from offload.io import Priority, Request, moving
+from offload.io import BlockCheck, BlockSums, Priority, Request, moving
 from offload.state import CHUNK_ELEMENTS, UnitState, role_dtype
 from offload.units import Unit
 
@@ -107,6 +108,8 @@ class Chunk:
         self._gradient_dtype = gradient_dtype
         self._reads: list[Request] = []
         self._asked: set[str] = set()
+        self._checks: dict[str, BlockCheck] = {}
+        self._sums: dict[str, BlockSums] = {}
         self._raw: dict[str, Tensor] = {}
         self._parts: dict[str, Tensor] = {}
         self._in_place: dict[str, int] = {}  # bytes that the update moves in and out of each home
@@ -126,12 +129,15 @@ class Chunk:
             end += nbytes
 
     def read(self, roles: list[str]) -> None:
-        """Start to read these roles from the store, those that live in RAM or are on their way already excepted."""
+        """Start to read these roles from the store, those that live in RAM or are on their way already excepted.
+        `step` or `check` compares what was read with its checksums."""
         for role in roles:
             if role not in self._asked:
                 self._asked.add(role)
                 offset = self.start * self._parts[role].element_size()
-                self._reads.append(self.state.store.read(self.state.key(role), offset, self._raw[role], Priority.STATE))
+                key, raw = self.state.key(role), self._raw[role]
+                request, self._checks[role] = self.state.store.read_unchecked(key, offset, raw, Priority.STATE)
+                self._reads.append(request)
 
     def wait(self) -> None:
         """Return when everything this chunk reads has arrived; also to be called before its buffer is given away."""
@@ -153,21 +159,50 @@ class Chunk:
         self.wait()
 
     def step(self, job: Job, kernel: Kernel) -> None:
-        """AdamW over the pieces of parameters in this chunk that have a gradient."""
+        """AdamW over the pieces of parameters in this chunk that have a gradient.
+
+        What was read is checked, and what will be written summed, window by window around the update: while the bytes
+        are in cache. Raises ChecksumError; nothing of the chunk may go anywhere then.
+        """
         pieces = [
             (at, at + count, job.steps[p.name])
             for p, _, count, at in self.state.unit.layout.pieces(True, self.start, self.start + self._count)
             if p.name in job.present
         ]
-        if pieces:
-            part = self._parts
-            with ExitStack() as stack:
-                for role, nbytes in self._in_place.items():
-                    stack.enter_context(moving(nbytes, self.state.tiers[role]))
+        part = self._parts
+        self._sums = {role: BlockSums() for role in self.state.updated_roles if role in self._raw}
+        window = kernel.window if self._checks or self._sums else self._count
+        with ExitStack() as stack:
+            for role, nbytes in self._in_place.items() if pieces else ():
+                stack.enter_context(moving(nbytes, self.state.tiers[role]))
+            for start in range(0, self._count, window):
+                stop = min(start + window, self._count)
+                self._pass(self._checks, start, stop, kernel)
                 kernel.step(
-                    part["param"], part.get("master"), part["grad"], part["exp_avg"], part["exp_avg_sq"], pieces,
-                    job.hyper,
+                    part["param"], part.get("master"), part["grad"], part["exp_avg"], part["exp_avg_sq"],
+                    within(pieces, start, stop), job.hyper,
                 )  # fmt: skip
+                self._pass(self._sums, start, stop, kernel)
+        self._finish_checks()
+
+    def check(self, kernel: Kernel) -> None:
+        """Compare what was read with its checksums, for a chunk that is not updated. Raises ChecksumError."""
+        self._pass(self._checks, 0, self._count, kernel)
+        self._finish_checks()
+
+    def _pass(self, sums: Mapping[str, BlockSums], start: int, stop: int, kernel: Kernel) -> None:
+        """Bring elements [start, stop) of each role, with the last the rest of its page, to its checksums."""
+        tasks = []
+        for role, each in sums.items():
+            itemsize, raw = self._parts[role].element_size(), self._raw[role]
+            end = stop * itemsize if stop < self._count else raw.numel()
+            tasks.append(partial(each.update, raw[start * itemsize : end].numpy().data))
+        kernel.share(tasks)
+
+    def _finish_checks(self) -> None:
+        checks, self._checks = self._checks, {}
+        for check in checks.values():
+            check.finish()
 
     @property
     def weight_bytes(self) -> int:
@@ -185,7 +220,8 @@ class Chunk:
             itemsize = role_dtype(role, self.state.dtype).itemsize
             home = self.state.homes.get(role)
             if home is None:
-                leaving.append((role, self.state.write(role, self.start * itemsize, self._raw[role])))
+                write = self.state.write(role, self.start * itemsize, self._raw[role], self._sums[role])
+                leaving.append((role, write))
             elif durable:
                 first = self.start * itemsize
                 stop = min(first + CHUNK_ELEMENTS * itemsize, self.state.store.padded(self.state.key(role)))

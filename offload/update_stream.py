@@ -317,6 +317,7 @@ class UpdateStream:
             chunk = self._take_chunk(state, start)
             chunk.read(["param"])
             chunk.wait()
+            chunk.check(self._kernel)
             chunk.place(Lent(slot, False, None), self._device)
             self._release(chunk.buffer)
 

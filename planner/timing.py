@@ -259,14 +259,15 @@ def stage_resources(w: Workload, hw: Hardware) -> list[dict[str, float]]:
 
 
 def simulated_resources(w: Workload, hw: Hardware) -> list[dict[str, float]]:
-    """`stage_resources`, and on device "cpu" the core that reads what the store moves, for its checksum.
+    """`stage_resources`, and on device "cpu" the core that reads what the store moves, for its checksum: half of what a
+    copy of it would take.
 
     The estimate leaves that out, because the MIP cannot price what is written behind.
     """
     resources = stage_resources(w, hw)
     if w.device == "cpu":
         rates = {"nvme_read": hw.nvme_read, "nvme_write": hw.nvme_write}
-        resources += [{"compute": 1.0, lane: min(1.0, rate / hw.ram)} for lane, rate in rates.items()]
+        resources += [{"compute": 1.0, lane: min(1.0, rate / (2 * hw.ram))} for lane, rate in rates.items()]
     return resources
 
 

@@ -24,6 +24,7 @@ from offload.io import (
     BLOCK,
     PAGE,
     STRIPE,
+    BlockSums,
     ChecksumError,
     Extent,
     HostBuffer,
@@ -450,12 +451,74 @@ def test_a_flipped_bit_in_any_block_of_any_extent_is_found_on_read(tmp_path: Pat
                 place = content.places[content.current[block]]
                 size = min(BLOCK, extent.padded - block * BLOCK)
                 flip(tmp_path / "run" / "data-0.bin", int(place.offsets[block]) + rng.randrange(size), rng.randrange(8))
-                with pytest.raises(ChecksumError, match=rf"'{extent.key}', block {block}: the bytes read are not"):
+                said = rf"'{extent.key}', block {block}: the bytes read are not those written: .*offset "
+                said += f"{place.offsets[block]}, length {size}"
+                with pytest.raises(ChecksumError, match=said):
                     holds(store, extent.key, 1)
+                with pytest.raises(ChecksumError, match=said):
+                    holds_by_pieces(store, extent.key, 1, rng)
                 if extent is not FROZEN:
                     put(store, extent.key, 2)
         with pytest.raises(ChecksumError):
             holds(store, "0/frozen", 1)
+
+
+def holds_by_pieces(store: Store, key: str, seed: int, rng: random.Random) -> bool:
+    """`holds` by a read whose bytes are checked as they pass, in pieces of any size."""
+    with allocate(store.padded(key), Ledger()) as buffer:
+        request, check = store.read_unchecked(key, 0, buffer.tensor)
+        request.wait(20)
+        pass_by(check, buffer, rng)
+        check.finish()
+        return torch.equal(buffer.tensor, pattern(seed, store.padded(key)))
+
+
+def pass_by(sums: BlockSums, buffer: HostBuffer, rng: random.Random) -> None:
+    at, view = 0, buffer.tensor.numpy().data
+    while at < len(view):
+        count = rng.choice([1, 7, PAGE, 1 << 20, BLOCK, 2 * BLOCK])
+        sums.update(view[at : at + count])
+        at += count
+
+
+@given(seed=st.integers(0, 1 << 30))
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_sums_of_passing_bytes_are_those_of_the_store(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    nbytes = rng.randrange(1, 3 * BLOCK)
+    with Store.create(one_path(tmp_path), "run", [Extent("x", nbytes, 2, True)]) as store:
+        with filled(seed % 99 + 1, store.padded("x")) as buffer:
+            sums = BlockSums()
+            pass_by(sums, buffer, rng)
+            store.write("x", 0, buffer.tensor, sums=sums).wait(20)
+        store.publish("x")
+        store.commit({})
+        assert store.verify() == []
+        assert holds(store, "x", seed % 99 + 1) and holds_by_pieces(store, "x", seed % 99 + 1, rng)
+        store.destroy()
+
+
+def test_sums_of_other_bytes_are_refused_or_found(tmp_path: Path) -> None:
+    with (
+        Store.create(one_path(tmp_path), "run", [PARAM]) as store,
+        filled(1, store.padded("0/param")) as buffer,
+        filled(2, store.padded("0/param")) as other,
+    ):
+        view, sums = buffer.tensor.numpy().data, BlockSums()
+        sums.update(view[:BLOCK])
+        with pytest.raises(StoreError, match="1 checksums for 3 blocks"):
+            store.write("0/param", 0, buffer.tensor, sums=sums)
+        sums.update(view[BLOCK:])
+        store.write("0/param", 0, other.tensor, sums=sums).wait(20)
+        store.publish("0/param")
+        with pytest.raises(ChecksumError, match=r"block \d"):
+            holds(store, "0/param", 2)
+        put(store, "0/param", 1)
+        request, check = store.read_unchecked("0/param", 0, buffer.tensor)
+        request.wait(20)
+        check.update(view[: 2 * BLOCK])
+        with pytest.raises(StoreError, match="2 of 3 blocks"):
+            check.finish()
 
 
 def flip(path: Path, offset: int, bit: int) -> None:
