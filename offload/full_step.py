@@ -144,7 +144,7 @@ class FullStep:
             self._carry_over(gradients)
         for index in gradients:
             if index not in self._lent:  # a slot that was lent to the update holds the new weights
-                self._weights.invalidate(self._units[index])
+                self._weights.outdate(self._units[index])
         self._weights.expect(self._visits[True])
         return Outcome(loss, norm, self._lr(step), self.activations.fallbacks)
 
@@ -336,7 +336,9 @@ class FullStep:
                 tried = {index for index in gradients if self._updates.can_try(self._units[index])}
                 self._updates.forget_trials()
             else:
-                self._lent.clear()  # what was left in the slots is wrong
+                for index in self._lent:
+                    self._weights.invalidate(self._units[index])
+                self._lent.clear()
             self._trial.set_result(unclipped)
         first_use = {index: i for i, index in reversed(list(enumerate(self._visits[True])))}
         order = [self._units[i] for i in sorted(gradients, key=lambda i: first_use.get(i, -1)) if i not in tried]
@@ -345,7 +347,8 @@ class FullStep:
             self._updates.defer(
                 unit, gradient.present, self._count_step(gradient), self._hyper(coefficient), self._durable
             )
-        self._updates.expect([u for u in order if gradients[u.index].present], ("param", *_STATE, "grad"))
+        held = [unit for unit in order if self._weights.holds(unit)]
+        self._updates.expect([u for u in order if gradients[u.index].present], ("param", *_STATE, "grad"), held)
 
     def _update_landed(self, gradient: UnitGradient, host: Tensor, done: Callable[[], None]) -> None:
         """Without clipping, or for a trial: the gradient lane calls this when a unit's gradient is on the host."""

@@ -131,12 +131,19 @@ class UpdateStream:
         with self._lock:
             self._trials.clear()
 
-    def expect(self, units: Sequence[Unit], roles: Sequence[str]) -> None:
-        """Announce the updates to come, in order, and which roles may be read ahead of them (`grad` where it waits)."""
+    def expect(self, units: Sequence[Unit], roles: Sequence[str], held: Sequence[Unit] = ()) -> None:
+        """Announce the updates to come, in order, and which roles may be read ahead of them (`grad` where it waits;
+        not `param` of units whose weights are `held` in slots)."""
+        here = {unit.index for unit in held}
         with self._lock:
             self._coming = deque(u.index for u in units if u.trainable)
             self._coming_roles = {
-                u.index: [r for r in (*self._states.units[u.index].updated_roles, "grad") if r in roles] for u in units
+                u.index: [
+                    role
+                    for role in (*self._states.units[u.index].updated_roles, "grad")
+                    if role in roles and not (role == "param" and u.index in here)
+                ]
+                for u in units
             }
             self._announced += 1
         self._inbox.put(_LOOK)

@@ -42,7 +42,13 @@ class _Slot:
     filled: Future[None] | None = None
     bound: bool = False
     lent: bool = False  # to an optimizer update, which reads the unit's weights here or leaves new ones
+    outdated: bool = False  # holds the weights that the unit's deferred update starts from
     released: torch.cuda.Event | None = None
+
+    @property
+    def filling(self) -> bool:
+        """Whether somebody writes to it, maybe for a unit that is not wanted any more."""
+        return self.filled is not None and not self.filled.done()
 
 
 class WeightStream:
@@ -159,13 +165,29 @@ class WeightStream:
                     fill = self._lane.submit(self._fill, state, self._resident, None, filling)
                     self._resident_filled = fill
 
+    def outdate(self, unit: Unit) -> None:
+        """The unit's update was deferred: a copy in a slot is what it starts from, and nothing else."""
+        with self._changed:
+            self._generations[unit.index] += 1
+            slot = self._where.get(unit.index)
+            if slot is not None:
+                slot.outdated = not slot.filling
+                if slot.filling:  # for a visit that did not come
+                    self._forget(slot)
+
     def invalidate(self, unit: Unit) -> None:
-        """The unit's weights are about to change: a copy in a slot is stale."""
+        """What a slot holds of the unit are not its weights."""
         with self._changed:
             self._generations[unit.index] += 1
             slot = self._where.get(unit.index)
             if slot is not None:
                 self._forget(slot)
+
+    def holds(self, unit: Unit) -> bool:
+        """Whether the unit's weights, or those that its deferred update starts from, are in a slot."""
+        with self._changed:
+            slot = self._where.get(unit.index)
+            return slot is not None and not slot.filling
 
     def generation(self, unit: Unit) -> int | None:
         """How often the unit's weights have changed so far, while it is bound; else None."""
@@ -188,9 +210,10 @@ class WeightStream:
         """Fill free slots with the next units, in order; stop at the first unit that finds no slot, or whose weights
         are not decided: what backward needs would wait behind it in the lane, and the decision for backward."""
         for position, index in enumerate(self._upcoming):
-            if index in self._where:
-                continue
             unit = self._states[index].unit
+            if index in self._where:
+                self._renew(unit, self._where[index])
+                continue
             slot = None if self._updates.undecided(unit) else self._choose(unit, position)
             if slot is None:
                 break
@@ -206,7 +229,7 @@ class WeightStream:
             if free is not None:
                 slot = self._load(unit, free)
                 break
-            if not any(s.lent for s in self._slots):
+            if not any(s.lent or s.filling for s in self._slots):
                 raise OffloadError(f"no weight slot is free for {unit.name}: two units are in use at once")
             waited = True
             if not self._changed.wait(deadline - time.monotonic()):
@@ -216,6 +239,7 @@ class WeightStream:
                 )
         if waited:
             self._trace.add("stall", f"weight slot: {unit.name}", begin, time.perf_counter())
+        self._renew(unit, slot)
         return slot
 
     def _choose(self, unit: Unit, position: int) -> _Slot | None:
@@ -224,7 +248,7 @@ class WeightStream:
         group = "block" if need <= self._block_bytes else "large"
         best, best_use = None, position
         for slot in self._slots:
-            if slot.group != group or slot.bound or slot.lent:
+            if slot.group != group or slot.bound or slot.lent or slot.filling:
                 continue
             if slot.unit is None:
                 return slot
@@ -249,22 +273,36 @@ class WeightStream:
             self._hold(slot, lent)
             filling = lent.filled
         slot.filled = self._lane.submit(self._fill, state, slot.buffer, slot.released, filling)
+        slot.filled.add_done_callback(lambda _: self._came_free())
         return slot
+
+    def _renew(self, unit: Unit, slot: _Slot) -> None:
+        """Start the unit's deferred update on the weights in its slot; load new ones if it did not wait for that."""
+        if not slot.outdated:
+            return
+        slot.outdated = False
+        lent = Lent(slot.buffer[: self._states[unit.index].sizes["param"]], True, slot.released)
+        if self._updates.start(unit, lent):
+            self._hold(slot, lent)
+            slot.filled = lent.filled
+        else:
+            self._load(unit, slot)
 
     def _hold(self, slot: _Slot, lent: Lent) -> None:
         slot.lent = True
-        lent.filled.add_done_callback(lambda _: self._given_back(slot))
+        lent.filled.add_done_callback(lambda _: self._came_free(slot))
 
-    def _given_back(self, slot: _Slot) -> None:
+    def _came_free(self, lent: _Slot | None = None) -> None:
         with self._changed:
-            slot.lent = False
+            if lent is not None:
+                lent.lent = False
             self._changed.notify_all()
             self._load_ahead()
 
     def _forget(self, slot: _Slot) -> None:
         if slot.unit is not None:
             del self._where[slot.unit.index]
-            slot.unit = None
+            slot.unit, slot.outdated = None, False
 
     def _bind(self, unit: Unit, buffer: Tensor) -> None:
         flat = buffer[: self._states[unit.index].weight_bytes].view(self._dtype)
