@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import forcing
 import pytest
 import reference
 import torch
@@ -11,6 +12,7 @@ import zoo
 
 import offload
 from offload.engine import prepare
+from offload.units import Unit
 
 STEPS = 4
 
@@ -42,3 +44,34 @@ def test_bytes_per_parameter_and_step(
     assert per_step[0] <= read + (2 / STEPS if clips else 0), per_step
     assert per_step[1] <= written, per_step
     assert per_step[1] >= 12, per_step
+
+
+def test_updates_that_were_clipped_start_from_the_weights_in_slots(
+    fast_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything on NVMe but the gradients: what a slot holds at the end of backward is not read again."""
+    model = zoo.make("llama", hidden_size=128, intermediate_size=256)
+    changes = {"train.max_grad_norm": 1e-3, "train.steps": 6}
+    homes = {role: "nvme" for role in ("param", "exp_avg", "exp_avg_sq")}
+    want = reference.train(model, zoo.batches("llama", 4, 1), 1, max_grad_norm=1e-3).losses
+    with forcing.engine(fast_path / "run", model, 1, 1, changes, homes=homes) as engine:
+        weights, read, losses = engine._method._weights, list[str](), []
+        engine.store.observer = lambda kind, begin, end, nbytes, label: read.append(label) if kind == "read" else None
+        outdate, held = weights.outdate, set[int]()
+
+        def noted(unit: Unit) -> None:  # called when backward is over
+            if not held:
+                read.clear()
+            held.update({unit.index} if weights.holds(unit) else ())
+            outdate(unit)
+
+        monkeypatch.setattr(weights, "outdate", noted)
+        for batch in zoo.batches("llama", 4, 1):
+            held.clear()
+            losses.append(engine.step(batch).loss)
+            engine.flush()
+            units = {unit.index for unit in engine._units if unit.trainable and not unit.resident}
+            assert len(held) >= 2 and {int(key.split("/")[0]) for key in read if key.endswith("/param")} >= units - held
+            assert not {f"{index}/param" for index in held} & set(read)
+            assert {f"{index}/exp_avg" for index in units} <= set(read)
+    assert losses == want
