@@ -197,7 +197,7 @@ class _Model:
         waiting = max((x.activations for x in base), default=0)
         staged = self._staging() if self.plans_activations else []
         for tier, terms in self.used.items():
-            if tier not in shared:
+            if tier not in shared or not self.plans_activations:
                 self._capacity(terms, self.room[tier])
                 continue
             free = self.room[tier] + known - waiting

@@ -13,7 +13,7 @@ from offload.planner.choice import Choice, swaps
 from offload.planner.memory import UPDATE_COUNT, is_large, reserve
 from offload.planner.plan import Hardware, UnitProfile, Workload
 from offload.planner.simulator import Program
-from offload.planner.timing import adamw_rate, copy_rates, simulated_resources, unit_work
+from offload.planner.timing import adamw_rate, copy_rates, simulated_resources, sum_seconds, unit_work
 
 MANY_UNITS = 48  # beyond this, a unit is moved in fewer pieces: the pipeline is long enough to hide the difference
 
@@ -182,7 +182,8 @@ class Builder:
                 first = s.begin if k.gradient_nvme else None
                 seconds = read_bytes / n / self.hw.nvme_read
                 read = add("read state", i, "read state", "nvme_read", seconds, [first, ring, before])
-            seconds = self._with_cxl(k.updated / self.adamw, cxl_bytes, n)
+            seconds = k.updated / self.adamw + sum_seconds(k.summed, self.w, self.hw)
+            seconds = self._with_cxl(seconds, cxl_bytes, n)
             last = add("update", i, "optimizer", "optimizer", seconds, [read, *after, *room])
             written = last
             if place:
