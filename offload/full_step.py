@@ -127,6 +127,7 @@ class FullStep:
             durable: this step will be committed, so RAM homes are written to the store too.
         """
         self._step, self._durable = step, durable
+        self._heap.begin_step()
         self._counted: set[str] = set()
         self._trial: Future[bool] | None = Future() if self._tries() else None
         self._updates.check()

@@ -27,6 +27,8 @@ class Process:
         self.heap._before = 0
         self.heap.allow(planned, COMING)
         self.heap._resident, self.heap._kind = TIGHT, "block"
+        for _ in range(heap.FIRST_STEPS + 1):
+            self.heap.begin_step()
 
     def _trim(self, _: int) -> int:
         self.free, self.trims = 0, self.trims + 1
@@ -51,6 +53,21 @@ def test_the_next_of_a_kind_uses_half_of_what_is_free_again(monkeypatch: pytest.
 def test_what_the_plan_has_for_holes_is_never_trimmed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Process(monkeypatch, 0).enter(HEAP_KEEPS) == 0
     assert Process(monkeypatch, 0).enter(HEAP_KEEPS + 1) == 1
+
+
+def test_holes_do_not_wait_in_memory_that_is_reserved_and_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the first steps the process looks smaller than it will be."""
+    process = Process(monkeypatch, 1 << 40)
+    process.heap._steps = 1
+    assert process.enter(HEAP_KEEPS + 1) == 1
+    assert process.enter(HEAP_KEEPS) == 1
+    process.free = HEAP_KEEPS  # lanes let go of tensors while units run
+    process.heap.freed(HEAP_KEEPS)
+    assert process.trims == 2
+    process.heap._steps = heap.FIRST_STEPS + 1
+    assert process.enter(COMING) == 2
+    process.heap.freed(HEAP_KEEPS)
+    assert process.trims == 2
 
 
 @pytest.mark.skipif(not hasattr(os, "setpriority"), reason="threads have no priority of their own here")
