@@ -7,7 +7,7 @@ nothing to fragment.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
@@ -41,7 +41,7 @@ SWAP_FILE = "activations.bin"
 CATEGORY = "swapped activations"
 # Transfers under way for one set of activations.
 AHEAD = 2
-Pieces = Sequence[tuple[int, Tensor]]
+Pieces = Iterable[tuple[int, Tensor]]
 """(position, 1-D uint8 device tensor), in order; bytes between them are of no interest."""
 
 
@@ -70,7 +70,8 @@ class Tier(Protocol):
         ...
 
     def take(self, place: Place, pieces: Pieces, name: str) -> None:
-        """Device to here; positions count from the beginning of the place."""
+        """Device to here; positions count from the beginning of the place. Lets each piece go before it asks for the
+        next."""
         ...
 
     def give(self, place: Place, target: Tensor, name: str) -> None:
@@ -118,6 +119,7 @@ class HostPool(_Room):
             for at, piece in pieces:
                 start = place.offset + at
                 self._device.copy(self._buffer.tensor[start : start + piece.numel()], piece)
+                del piece
 
     def give(self, place: Place, target: Tensor, name: str) -> None:
         with self._trace.span("h2d", name, place.nbytes), moving(place.nbytes, self._tier):
@@ -186,18 +188,20 @@ class SwapFiles(_Room):
             request.wait()
             self._bounce.release(buffer)
 
-        rest = deque(pieces)
+        rest = iter(pieces)
+        left = next(rest, None)  # of a piece
         for at, length in self._cuts(place):
             buffer = self._chunk(flying, land)
             filled = 0
             with self._trace.span("d2h", name, length):
-                while rest and rest[0][0] < at + length:
-                    start, piece = rest.popleft()
+                while left is not None and left[0] < at + length:
+                    start, piece = left
                     here = min(piece.numel(), at + length - start)
                     self._device.copy(buffer[start - at : start - at + here], piece[:here])
                     filled = start - at + here
-                    if here < piece.numel():
-                        rest.appendleft((start + here, piece[here:]))
+                    left = (start + here, piece[here:]) if here < piece.numel() else None
+                    del piece
+                    left = left or next(rest, None)
             buffer[filled:length].zero_()
             flying.append((self._write(place.offset + at, buffer[:length], name), buffer))
         while flying:

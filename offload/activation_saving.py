@@ -120,6 +120,7 @@ class SavedTensors:
         generation: of the unit's bound weights; None while they are not bound.
         constants: storages (by address of their object) that live through the step anyway.
         limit: bytes after which the pass is given up.
+        grown: told the bytes saved so far, whenever they are more.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class SavedTensors:
         constants: set[int],
         shares: Shares,
         limit: int,
+        grown: Callable[[int], None] = lambda nbytes: None,
     ) -> None:
         self.unit = unit
         self.shares = shares
@@ -142,6 +144,7 @@ class SavedTensors:
         self._generation = generation
         self._constants = constants
         self._limit = limit
+        self._grown = grown
         self._items: dict[int, _Item] = {}  # by storage, in the order they were saved
         self._handles: list[_Handle] = []
         self._boundary: dict[int, Tensor] = {}
@@ -317,6 +320,7 @@ class SavedTensors:
             if item.owner is None:
                 self._bytes += item.nbytes
                 self._largest = max(self._largest, item.nbytes)
+                self._grown(self._bytes)
         return _Saved(item, _View.of(x))
 
     def _weight(self, x: Tensor) -> _Weight | None:

@@ -7,6 +7,10 @@
 outputs, are inputs of the next and leave once nothing in the rest of the forward can use them. A lane for each
 direction, each with its own thread. The main thread alone hands out room and staging buffers, in the order of backward;
 the lanes wait only for transfers, and the inward lane for what the outward lane began before. So there is no cycle.
+
+What leaves is on the device until it has been copied away, tensor by tensor. A pass begins when those of earlier passes
+take no more than the plan has beside it. On a CPU it goes on only as fast as they leave: for every tensor that it saves
+one of theirs has to be gone, so that no room is needed for both.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from offload.errors import OffloadError
 from offload.io import Ledger
 from offload.planner import Plan
 from offload.trace import Trace
+from offload.transit import Transit, storage_bytes, taken
 from offload.unit_pass import Record
 from offload.units import Unit
 
@@ -114,7 +119,9 @@ class ActivationStream:
         self._told: set[str] = set()
         self._inner: dict[int, _Away] = {}  # by id of the record
         self._parked: dict[int, _Parked] = {}  # by id of the tensor
-        self._leaving: deque[Future[None]] = deque()  # inner activations still on the device
+        self._transit = Transit(lambda unit: trace.stall("activations leaving", unit), timeout)
+        self._leaving: deque[Future[None]] = deque()  # transfers of inner activations that were not done yet
+        self._spare = 0  # bytes of the plan beside the pass that runs
         self._jobs: list[Future[None]] = []
         self._upcoming: deque[Record] = deque()
         self._coming: dict[int, _Coming] = {}  # by id of the record
@@ -130,11 +137,16 @@ class ActivationStream:
         for tier in self._tiers.values():
             tier.clear()
 
-    def saving(self, unit: Unit, index: int) -> SavedTensors | None:
-        """How micro-batch `index` passes through `unit`, whose weights are bound; None: without a graph, to run again.
+    def make_room(self, unit: Unit, spare: int, backward: bool) -> None:
+        """Wait until what is leaving leaves room for a micro-batch's pass through `unit`, beside which the plan has
+        `spare` bytes on the device. Raises what went wrong on the way out."""
+        while self._leaving and self._leaving[0].done():
+            self._leaving.popleft().result()
+        self._spare = spare if backward else spare + self._plan[unit.name].framework.get("saved", 0)
+        self._transit.wait(self._spare, unit.name)
 
-        Waits while more than one pass's inner activations are still leaving the device.
-        """
+    def saving(self, unit: Unit, index: int) -> SavedTensors | None:
+        """How micro-batch `index` passes `unit`, whose weights are bound; None: without a graph, to run again."""
         planned = self._plan[unit.name].activations
         rest = 1.0 - planned["recompute"]
         if rest <= 1e-9 or index < round(planned["recompute"] * self._micro_batches):
@@ -145,11 +157,14 @@ class ActivationStream:
             cxl=planned["swap_cxl"] / rest,
             nvme=planned["swap_nvme"] / rest,
         )
-        while len(self._leaving) > 1:
-            self._await(self._leaving.popleft(), "activations leaving", unit.name)
         rooms = [self._kept_room - self._kept] if shares.keep else []
         rooms += [self._left(tier) for tier in shares.away]
-        return SavedTensors(unit, self._device.name, self._generation, self._constants, shares, sum(rooms))
+
+        def grown(saved: int) -> None:
+            if self._device.in_host_memory:  # a GPU has not begun what is launched here
+                self._transit.wait(self._spare - saved, unit.name)
+
+        return SavedTensors(unit, self._device.name, self._generation, self._constants, shares, sum(rooms), grown)
 
     def passed(self, run: MicroBatch) -> None:
         """A micro-batch has passed a unit: what the plan wants elsewhere leaves the device, beside compute."""
@@ -230,19 +245,31 @@ class ActivationStream:
     ) -> _Away:
         """Queue a transfer out; the lane lets the pieces go, and empties `storage`, when they are safe elsewhere."""
         mark, name = self._device.mark(), f"activations of {unit.name}"
+        left = storage_bytes(pieces) if storage is None else 0  # a boundary is left out of what is in the way
+        self._transit.begin(left)
+
+        def gone(nbytes: int) -> None:
+            nonlocal left
+            nbytes = min(nbytes, left)
+            left -= nbytes
+            self._device.heap.freed(nbytes)
+            self._transit.gone(nbytes)
 
         def take() -> None:
-            self._device.wait(mark)
-            for tier, place, position in parts:
-                tier.take(place, list(_between(pieces, position, position + place.nbytes)), name)
-            pieces.clear()
+            try:
+                self._device.wait(mark)
+                for tier, place, position in parts:
+                    tier.take(place, taken(pieces, position, position + place.nbytes, gone), name)
+            finally:
+                pieces.clear()
+                gone(left)
             if storage is not None:
                 storage.resize_(0)
-            self._device.heap.freed(sum(place.nbytes for _, place, _ in parts))
+                self._device.heap.freed(sum(place.nbytes for _, place, _ in parts))
 
-        left = self._out.submit(take)
-        self._jobs.append(left)
-        return _Away(parts, left)
+        job = self._out.submit(take)
+        self._jobs.append(job)
+        return _Away(parts, job)
 
     def _left(self, tier: str) -> int:
         return self._tiers[tier].left if tier in self._tiers else 0
@@ -358,11 +385,3 @@ class ActivationStream:
         target = torch.empty(0, dtype=torch.uint8, device=parked.storage.device).set_(parked.storage)
         for tier, place, _ in parked.away.parts:
             tier.give(place, target, name)
-
-
-def _between(pieces: Sequence[tuple[int, Tensor]], start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
-    """The pieces' bytes whose positions lie in [start, stop), with positions from `start` on."""
-    for at, piece in pieces:
-        low, high = max(at, start), min(at + piece.numel(), stop)
-        if low < high:
-            yield low - start, piece[low - at : high - at]

@@ -70,6 +70,8 @@ class FullStep:
         self._device = prepared.device
         self._heap = held.device.heap
         self._framework = {unit.name: unit.framework for unit in self._plan.units}
+        device = self._plan.categories["gpu"]
+        self._comes_and_goes = device.get("activations", 0) + device.get("framework", 0)
         self._ledger = held.ledger
         self._trace = held.trace
         self._clips = cfg.max_grad_norm is not None
@@ -243,7 +245,11 @@ class FullStep:
     def _enter(self, unit: Unit, backward: bool) -> None:
         """A micro-batch passes `unit` next."""
         held = self._ledger.snapshot().get("gpu", {}).get("activations", {"bytes": 0})["bytes"]
-        coming = self._framework[unit.name].get("backward" if backward else "forward")
+        planned = self._framework[unit.name]
+        coming = planned.get("backward" if backward else "forward")
+        if unit.index == self._last_unit:  # its backward follows at once
+            coming = max(planned.values(), default=coming)
+        self.activations.make_room(unit, self._comes_and_goes - held - (coming or 0), backward)
         self._heap.enter(f"{unit.kind} {backward}", held, coming)
 
     def _finish(self, run: MicroBatch, unit: Unit) -> Tensor:

@@ -205,6 +205,8 @@ def _workload(
                 cost.forward_seconds,
                 cost.backward_seconds,
                 cost.workspace_kept,
+                cost.workspace_graph,
+                cost.workspace_unsaved,
             )
         )
     workload = Workload(

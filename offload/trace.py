@@ -116,6 +116,9 @@ class Trace:
         for s in spans:
             by_lane[s.lane].append(s)
         busy = {lane: _union(by_lane[lane]) for lane in LANES}
+        if self.clock is None:  # what an operation waits for within itself is no work
+            waited = by_lane["stall"]
+            busy["compute"] = _union([*by_lane["compute"], *waited]) - _union(waited)
         moved = {lane: sum(s.nbytes for s in by_lane[lane]) for lane in ("nvme_read", "nvme_write")}
         self.stalls, self.done = {}, ""
         for s in by_lane["stall"]:

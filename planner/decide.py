@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from offload.planner.activation_bytes import saved_room
 from offload.planner.activations import candidates
 from offload.planner.choice import Choice, UnitChoice, nothing_in_ram
 from offload.planner.layout_arena import arena_layout
@@ -222,6 +223,9 @@ def as_plan(d: Decision, seconds: float) -> Plan:
     framework: dict[int, dict[str, int]] = {}
     for moment in moments(w, d.choice):
         framework.setdefault(moment.unit, {})["backward" if moment.backward else "forward"] = moment.framework
+    for i, (u, c) in enumerate(zip(w.units, d.choice.units, strict=True)):
+        if room := saved_room(u, c, w):
+            framework[i]["saved"] = room
     units = tuple(
         replace(_unit_plan(u, c, w), framework=framework.get(i, {}))
         for i, (u, c) in enumerate(zip(w.units, d.choice.units, strict=True))

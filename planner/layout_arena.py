@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from offload.planner.layout import Layout, Lifetime, solve
-from offload.planner.memory import PAGE, is_large, round_up
+from offload.planner.memory import is_large
+from offload.planner.pages import PAGE, round_up
 from offload.planner.plan import Buffers, Workload
 
 

@@ -10,10 +10,18 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from offload.planner.choice import ROLES_OF, Choice, Role, UnitChoice, nothing_in_ram, runs, swaps
+from offload.planner.activation_bytes import (
+    away_bytes,
+    forward_workspace,
+    kept_bytes,
+    kept_room,
+    kept_workspace,
+    per_micro_batch_away,
+)
+from offload.planner.choice import ROLES_OF, Choice, Role, UnitChoice, nothing_in_ram, runs
+from offload.planner.pages import PAGE, round_up
 from offload.planner.plan import TIERS, Buffers, UnitProfile, Workload, ZerothOrder
 
-PAGE = 4096
 MIB = 1 << 20
 
 STAGING_BYTES = 8 * MIB
@@ -46,11 +54,6 @@ FRAMEWORK_MARGIN = {"cpu": 1.05, "cuda": 1.10}
 FRAMEWORK_FIXED = {"cpu": 2 * HEAP_KEEPS, "cuda": 64 * MIB}
 # Noise and float32 copies of the pieces of weights that are perturbed or updated at one time (offload/zo_pieces.py).
 ZO_SCRATCH = {"cpu": 16 * MIB, "cuda": 32 * MIB}
-
-
-def round_up(nbytes: int, multiple: int = PAGE) -> int:
-    """`nbytes` rounded up to a multiple."""
-    return -(-nbytes // multiple) * multiple
 
 
 def weight_bytes(unit: UnitProfile, w: Workload) -> int:
@@ -205,44 +208,6 @@ def _reserve_zeroth_order(w: Workload, zo: ZerothOrder, block_slots: int) -> tup
     return tuple(b for b in buffers if b.nbytes)
 
 
-def away_bytes(unit: UnitProfile, c: UnitChoice, tier: str, w: Workload) -> int:
-    """Bytes of all micro-batches' activations of the unit that wait in `tier`, each piece in whole pages."""
-    boundary = w.micro_batches * round_up(unit.boundary_bytes) if c.boundary == tier else 0
-    share = c.swapped.get(tier, 0.0)
-    swapping = w.micro_batches - round(c.recompute * w.micro_batches)
-    if not share or unit.kept or not swapping:
-        return boundary
-    # a page more for every tensor, since pieces begin on pages
-    return boundary + swapping * (round_up(round(share * w.micro_batches / swapping * unit.saved_bytes))
-                                  + PAGE * len(unit.saved))  # fmt: skip
-
-
-def per_micro_batch_away(unit: UnitProfile, c: UnitChoice, w: Workload) -> int:
-    """Bytes of one micro-batch of the unit that come back to the device for its backward."""
-    boundary = unit.boundary_bytes if c.boundary != "gpu" else 0
-    swapping = w.micro_batches - round(c.recompute * w.micro_batches)
-    if not swaps(c) or unit.kept or not swapping:
-        return boundary
-    share = sum(c.swapped.values()) * w.micro_batches / swapping
-    return boundary + round(share * unit.saved_bytes) + PAGE * len(unit.saved)
-
-
-def kept_workspace(unit: UnitProfile) -> int:
-    """Peak bytes of the framework in a backward of the unit that runs nothing again."""
-    return unit.workspace_kept or max(0, unit.workspace_backward - unit.saved_bytes)
-
-
-def kept_bytes(unit: UnitProfile, c: UnitChoice, w: Workload) -> int:
-    """What of the unit's saved tensors stays on the device from forward to backward, all micro-batches."""
-    return 0 if unit.kept else round(c.keep * w.micro_batches * unit.saved_bytes)
-
-
-def kept_room(unit: UnitProfile, passes: float) -> int:
-    """Room for what the unit saves in so many passes of a micro-batch; a page more for every tensor, which suffices
-    where one is divided."""
-    return 0 if unit.kept else round(passes * (unit.saved_bytes + PAGE * len(unit.saved)))
-
-
 @dataclass(frozen=True)
 class _Needs:
     """What one unit asks for under one choice: all that the peaks are made of."""
@@ -282,7 +247,7 @@ def _needs_of(w: Workload, i: int, c: UnitChoice) -> _Needs:
         kept=kept_room(unit, c.keep * m) if w.device == "cpu" else 0,
         waiting=(0 if w.device == "cpu" else kept_bytes(unit, c, w))
         + (m * unit.boundary_bytes if c.boundary == "gpu" else 0),
-        forward=_framework(unit.workspace_forward + 2 * unit.saved_bytes * swaps(c), w),
+        forward=_framework(forward_workspace(unit, c, w), w),
         backward=_framework(workspace + (m + 1) * _widest(w), w),
     )
 
@@ -312,8 +277,8 @@ def moments(w: Workload, choice: Choice) -> Iterator[Moment]:
 
     Activations are those made so far and not yet used. The framework's part is the unit's traced workspace with the
     boundary gradients of all micro-batches that exist beside it (one more than M: a unit's input gradient is made
-    before its output gradient goes). What autograd saves of one micro-batch is part of the traced workspace of backward
-    where it is made there, by running again; where it is on its way out, that of two is beside the forward's.
+    before its output gradient goes). What autograd saves of one micro-batch is part of the workspace of the pass that
+    makes it: of backward, by running again, or of forward.
 
     Zeroth-order: nothing waits for a backward, so each pass under way holds what enters and what leaves one unit.
     """

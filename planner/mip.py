@@ -14,18 +14,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pulp
+from offload.planner.activation_bytes import forward_workspace, kept_room, kept_workspace
 from offload.planner.activations import can_choose, shares
 from offload.planner.choice import Choice, Role, UnitChoice, nothing_in_ram
 from offload.planner.memory import (
     FRAMEWORK_MARGIN,
-    PAGE,
     item_bytes,
-    kept_room,
-    kept_workspace,
     moments,
-    round_up,
     store_staging,
 )
+from offload.planner.pages import PAGE, round_up
 from offload.planner.placement import ROLES, Problem, top_up
 from offload.planner.plan import UnitProfile
 from offload.planner.solver import SolverFailed, run
@@ -55,6 +53,8 @@ class _Group:
     swapped: dict[str, Any] | None = None
     any_again: Any = 0  # whether any is recomputed
     any_swap: Any = 0
+    any_kept: Any = 0  # where what they save needs room in forward
+    forward: tuple[int, int] = (0, 0)  # the framework's bytes of a pass beyond one without grad: kept, swapped
 
 
 def solve(p: Problem, time_limit: float, start: Choice | None = None) -> Solution:
@@ -145,6 +145,16 @@ class _Model:
         for tier in group.swapped:  # of the one unit that is divided between tiers, every piece begins on a page
             self.used[tier].append((m * PAGE * (2 + len(unit.saved)), group.any_swap))
         self.problem += group.recomputed <= n * m * group.any_again
+        again = 0.5 if m > 1 else 0.0  # as much as where some micro-batches are run again
+        more_kept, more_swapped = (
+            forward_workspace(unit, replace(c, keep=keep, recompute=again, swap_cpu=away), w) - unit.workspace_forward
+            for keep, away in ((1.0 - again, 0.0), (0.0, 1.0 - again))
+        )
+        margin = FRAMEWORK_MARGIN[w.device]
+        group.forward = round(margin * more_kept) + 1, round(margin * more_swapped) + 1
+        if more_kept:
+            group.any_kept = self._binary(f"any_kept_{number}")
+            self.problem += group.kept <= n * m * group.any_kept
 
     def _count(
         self, x: Any, unit: UnitProfile, old: UnitChoice, new: UnitChoice, nbytes: dict[str, int], factor: float = 1.0
@@ -208,16 +218,16 @@ class _Model:
                 if g.swapped is None:
                     continue
                 margin, members = FRAMEWORK_MARGIN[w.device], set(g.members)
-                saved = round(margin * g.unit.saved_bytes)
                 forward, backward = (
                     max(x.framework for x in base if x.backward == back and x.unit in members)
                     for back in (False, True)
                 )
                 least = backward - round(margin * max(0, g.unit.workspace_backward - kept_workspace(g.unit)))
                 self._capacity(terms + staged, free - least)
-                # what autograd saves lies beside the workspace while it is on its way out, and where backward makes it:
-                # then the group's last units, which are those that are kept, are done
-                self._capacity([*terms, *staged, (2 * saved, g.any_swap)], free - forward)
+                # what autograd saves lies beside the workspace where forward makes it, until it has left or been copied
+                # away, and where backward does: then the group's last units, which are those that are kept, are done
+                for more, any_such in zip(g.forward, (g.any_kept, g.any_swap), strict=True):
+                    self._capacity([*terms, *staged, (more, any_such)], free - forward)
                 # on a CPU what is kept has memory of its own all the time
                 earlier = terms if w.device == "cpu" else [(n, x) for n, x in terms if x is not g.kept]
                 own = (w.micro_batches - 1) * g.unit.saved_bytes

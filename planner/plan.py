@@ -40,6 +40,8 @@ class UnitProfile:
     forward_seconds: float = 0.0  # measured on this machine; 0 when only `forward_flops` is known
     backward_seconds: float = 0.0  # the same for backward alone, the loss included
     workspace_kept: int = 0  # peak bytes of a backward that nothing is run again for, beside `saved`; 0: not known
+    workspace_graph: int = 0  # peak bytes of a forward with grad, all that autograd saves in it included; 0: not known
+    workspace_unsaved: int = 0  # the most bytes in such a forward that autograd has not saved yet, or never does
 
     @cached_property
     def saved_bytes(self) -> int:
@@ -66,6 +68,8 @@ class UnitCost:
     forward_seconds: float = 0.0
     backward_seconds: float = 0.0
     workspace_kept: int = 0
+    workspace_graph: int = 0
+    workspace_unsaved: int = 0
 
 
 @dataclass(frozen=True)
@@ -297,7 +301,8 @@ class UnitPlan:
     (spilled) when clipping, "gpu" (only ever in its slot) without clipping or without trainable parameters. A
     zeroth-order plan has the roles that are stored, and no gradient.
 
-    framework: bytes that the framework may take while the unit runs, {"forward", "backward"}.
+    framework: bytes that the framework may take while the unit runs, {"forward", "backward"}, and how much of "forward"
+    is room for saved tensors, those of earlier passes on their way out among them ("saved"; none if left out).
     """
 
     name: str

@@ -183,6 +183,8 @@ def _collect(units: Sequence[UnitModules], tracer: Tracer, tail: int, at_tail: i
             total.saved += one.saved
             total.workspace_backward = max(total.workspace_backward, one.workspace_backward)
             total.workspace_kept = max(total.workspace_kept, one.workspace_kept)
+            total.workspace_graph = max(total.workspace_graph, one.workspace_graph)
+            total.workspace_unsaved = max(total.workspace_unsaved, one.workspace_unsaved)
     around = max(0, at_tail - boundaries) + _shared_gradients(tracer.tape)
     return Profile(costs, around, logits_bytes=tracer.logits_bytes)
 

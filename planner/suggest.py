@@ -28,6 +28,8 @@ def with_batch(w: Workload, micro_batch: int, sequence_length: int) -> Workload:
             workspace_forward=round(unit.workspace_forward * ratio),
             workspace_backward=fixed + round((unit.workspace_backward - fixed) * ratio),
             workspace_kept=kept + round((unit.workspace_kept - kept) * ratio),
+            workspace_graph=round(unit.workspace_graph * ratio),
+            workspace_unsaved=round(unit.workspace_unsaved * ratio),
             saved=tuple(round(n * ratio) for n in unit.saved),
             forward_seconds=unit.forward_seconds * ratio,
             backward_seconds=unit.backward_seconds * ratio,

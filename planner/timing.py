@@ -11,8 +11,9 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 
+from offload.planner.activation_bytes import away_bytes, kept_bytes
 from offload.planner.choice import Choice, UnitChoice, runs
-from offload.planner.memory import away_bytes, gradient_bytes, home_bytes, item_bytes, kept_bytes, weight_bytes
+from offload.planner.memory import gradient_bytes, home_bytes, item_bytes, weight_bytes
 from offload.planner.plan import LANES, Hardware, UnitProfile, Workload, ZerothOrder
 
 # Standard normals that two CPU cores, or a GPU with torch's own operators, make (offload/zo_noise.py). The first was

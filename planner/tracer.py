@@ -142,18 +142,29 @@ class Tracer:
         outputs: list[Any],
         cost: UnitCost,
     ) -> None:
-        """Peak bytes of a recomputation with its backward, of the backward alone beside what autograd saved, and the
-        bytes of each tensor that it saved."""
+        """Peak bytes of a recomputation with its backward, of its forward with grad, of the backward beside what
+        autograd saved; and the bytes of each tensor that it saved."""
         gradients = [torch.empty_like(x) if isinstance(x, Tensor) else None for x in outputs]
         inputs = [detach(x, True) for x in flat]
         start = self.live.mark()
 
         references = _storages([*inputs, *module.parameters(), *module.buffers()])
         saved: dict[int, int] = {}
+        packed = 0
+
+        def look() -> None:
+            """At the highest point since the last time."""
+            highest = self.live.peak - start
+            cost.workspace_graph = max(cost.workspace_graph, highest)
+            cost.workspace_unsaved = max(cost.workspace_unsaved, highest - packed)
+            self.live.mark()
 
         def pack(x: Tensor) -> Tensor:
+            nonlocal packed
+            look()
             storage = x.untyped_storage()
             if storage._cdata not in references:
+                packed += storage.nbytes() if storage._cdata not in saved else 0
                 saved.setdefault(storage._cdata, storage.nbytes())
             return x
 
@@ -162,7 +173,8 @@ class Tracer:
             with torch.enable_grad(), hooks:
                 args, kwargs = pytree.tree_unflatten(inputs, spec)
                 again = pytree.tree_leaves(forward(*args, **kwargs), is_leaf=lambda x: x is None)
-            cost.workspace_backward = self.live.peak - start
+            look()
+            cost.workspace_backward = cost.workspace_graph
             before = self.live.mark()
             backward(again, gradients)
             cost.workspace_kept = self.live.peak - before

@@ -21,9 +21,10 @@ from offload.planner import (
     make_plan,
     reserve,
 )
+from offload.planner.activation_bytes import away_bytes, kept_bytes
 from offload.planner.activations import shares
 from offload.planner.choice import nothing_in_ram
-from offload.planner.memory import away_bytes, kept_bytes, moments, peaks
+from offload.planner.memory import moments, peaks
 from offload.planner.prediction import predict
 from offload.planner.timing import whole_step
 
