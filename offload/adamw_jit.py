@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offload import heap
 from offload.adamw import Chunk, Hyper, Piece, Stock
 
 # Elements that torch's compiled code takes at a time, most likely first: what is left of a tensor beyond a multiple of
@@ -95,7 +96,8 @@ def load() -> Loaded:
     global _loaded
     with _lock:
         if _loaded is None:
-            _loaded = _load()
+            with heap.in_footprint():
+                _loaded = _load()
         return _loaded
 
 

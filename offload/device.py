@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from offload import heap
 from offload.heap import Heap
 from offload.io import Ledger, allocate, lock, yield_to_compute
 from offload.planner.memory import KERNEL_CACHE_CAPACITY, MMAP_THRESHOLD
@@ -118,6 +119,7 @@ def keep_to_the_plan() -> None:
     times the live bytes of a unit were seen. oneDNN keeps about 0.7 MB for every shape it has met, up to 1024 of them.
     To be called before the first large allocation.
     """
+    heap.begin()
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(KERNEL_CACHE_CAPACITY))
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc only

@@ -21,13 +21,32 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from offload.planner.memory import HEAP_KEEPS
+from offload.planner.memory import HEAP_KEEPS, PROGRAM_LATE
 
 # Steps in which a run comes to touch all that it reserved: with clipping the first gradients are used up in the second.
 FIRST_STEPS = 2
+# Resident bytes, without files, of a process that has its modules and nothing else: what plans are counted from.
+_footprint = 0
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def begin() -> None:
+    """Planning begins: what is resident now is part of every run's footprint, what planning leaves is not."""
+    global _footprint
+    _footprint = _resident_bytes()
+
+
+@contextmanager
+def in_footprint() -> Iterator[None]:
+    """What the body takes for good is part of every run's footprint, whenever it is loaded."""
+    global _footprint
+    before = _resident_bytes()
+    yield
+    if _footprint:
+        _footprint += _resident_bytes() - before
 
 
 class Heap:
@@ -42,7 +61,8 @@ class Heap:
         self._trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None) if used else None
         if self._trim is not None:
             self._trim(0)  # of what planning left
-        self._before = _resident_bytes()
+        if not _footprint:
+            begin()
         self._allowed = self._framework = self._coming = 0
         self._kind = ""
         self._steps = 0
@@ -50,10 +70,10 @@ class Heap:
         self._freed = 0
 
     def allow(self, planned: int, framework: int) -> None:
-        """Trim nothing while the process, with what the next pass may take, has grown by at most `planned` bytes since
-        this object was made. `framework`: what a pass may take of which nothing else is known.
+        """Trim nothing while the process, with what the next pass may take, is at most `planned` bytes above its
+        footprint. `framework`: what a pass may take of which nothing else is known.
         """
-        self._allowed, self._framework = planned, framework
+        self._allowed, self._framework = planned - PROGRAM_LATE, framework
 
     def begin_step(self) -> None:
         """A training step begins."""
@@ -92,7 +112,7 @@ class Heap:
 
     def _leaves(self, nbytes: int) -> bool:
         """Whether a process that takes so much leaves its plan, or may once all that is reserved is touched."""
-        return self._steps <= FIRST_STEPS or nbytes - HEAP_KEEPS > self._before + self._allowed
+        return self._steps <= FIRST_STEPS or nbytes - HEAP_KEEPS > _footprint + self._allowed
 
 
 def _resident_bytes() -> int:

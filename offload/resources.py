@@ -26,8 +26,8 @@ from offload.device import Device, open_device
 from offload.errors import ConfigError, OffloadError
 from offload.io import Extent, Ledger, Ring, Store, StorePath
 from offload.memory_record import MemoryRecord
+from offload.planner.activation_bytes import kept_room
 from offload.planner.measure import bandwidths
-from offload.planner.memory import PROGRAM_BYTES, kept_room
 from offload.prepare import Prepared
 from offload.run_place import IO_CHOICE
 from offload.rundir import RunDirectory
@@ -151,8 +151,7 @@ def _reserve(prepared: Prepared, store: Store) -> Resources:
     plan, ledger, trace = prepared.plan, Ledger(), Trace()
     with ExitStack() as stack, oom.explained(prepared, ledger, trace):
         device = open_device(prepared.device, prepared.config.memory.lock)  # before its peaks are recorded
-        # CXL memory, emulated or not, is part of the process too; half of what the program takes is there already.
-        planned = plan.peak_bytes["cpu"] + plan.peak_bytes["cxl"] - PROGRAM_BYTES // 2
+        planned = plan.peak_bytes["cpu"] + plan.peak_bytes["cxl"]  # emulated or not, it is part of the process too
         device.heap.allow(planned, plan.categories["gpu"].get("framework", 0))
         record = stack.enter_context(MemoryRecord(ledger, trace, prepared.device))
         stack.callback(store.close)

@@ -31,10 +31,12 @@ STAGING_IN_PLACE = (2, 4 * MIB)  # count and bytes (a block of the store) where 
 CHUNK_ELEMENTS = 2 * MIB  # elements of one optimizer chunk
 CHUNK_BYTES_PER_ELEMENT = 16  # param, master, both moments, gradient
 UPDATE_COUNT = 3  # read ahead, update, write behind
-# What a run's process has beyond its footprint when all buffers and tensors are gone: kernels that oneDNN compiled and
-# their scratch, modules imported late, threads' stacks and heaps, objects of tape, trace and requests: 32 to 47 MiB in
-# four families, bfloat16 and float32. And what planning leaves: a run begins 40 to 65 MiB above the footprint.
-PROGRAM_BYTES = 104 * MIB
+# What a run's process has beyond its footprint: what planning leaves (30 MiB on one machine, 40 to 65 on another),
+# libraries loaded late (10 MiB more), kernels that oneDNN compiled and their scratch, stacks and heaps of threads, and
+# objects of tape, trace and requests. At the peaks of runs of four families it was 50 to 60 MiB in all.
+PROGRAM_BYTES = 72 * MIB
+# The part of it that is not seen when the engine looks whether a pass still fits: files (20 MiB), and what comes later.
+PROGRAM_LATE = 32 * MIB
 STRIPE_BYTES = 8 * MIB  # the store's stripe: each path may hold one more than its exact share
 
 # The traced peak of a unit was compared with the real one (resident memory, its maximum reset before each pass) for

@@ -8,7 +8,7 @@ import threading
 import pytest
 from offload.io import yield_to_compute
 from offload.io.scheduling import NICENESS
-from offload.planner.memory import HEAP_KEEPS
+from offload.planner.memory import HEAP_KEEPS, PROGRAM_LATE
 
 from offload import heap
 
@@ -24,8 +24,8 @@ class Process:
         monkeypatch.setattr(heap, "_resident_bytes", lambda: TIGHT + self.free)
         self.heap = heap.Heap(used=True)
         self.heap._trim = self._trim  # type: ignore[assignment]
-        self.heap._before = 0
-        self.heap.allow(planned, COMING)
+        monkeypatch.setattr(heap, "_footprint", 0)
+        self.heap.allow(planned + PROGRAM_LATE, COMING)
         self.heap._resident, self.heap._kind = TIGHT, "block"
         for _ in range(heap.FIRST_STEPS + 1):
             self.heap.begin_step()
@@ -68,6 +68,20 @@ def test_holes_do_not_wait_in_memory_that_is_reserved_and_not_touched(monkeypatc
     assert process.enter(COMING) == 2
     process.heap.freed(HEAP_KEEPS)
     assert process.trims == 2
+
+
+def test_what_planning_leaves_is_no_part_of_the_footprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules and what is compiled are, whenever they are loaded."""
+    resident = 300 * MIB
+    monkeypatch.setattr(heap, "_resident_bytes", lambda: resident)
+    monkeypatch.setattr(heap, "_footprint", 0)
+    with heap.in_footprint():  # before anything is planned: counted when planning begins
+        resident += 10 * MIB
+    heap.begin()
+    resident += 20 * MIB
+    with heap.in_footprint():
+        resident += 40 * MIB
+    assert heap._footprint == 350 * MIB
 
 
 @pytest.mark.skipif(not hasattr(os, "setpriority"), reason="threads have no priority of their own here")

@@ -21,10 +21,10 @@ from offload.planner import (
     make_plan,
     reserve,
 )
-from offload.planner.activation_bytes import away_bytes, kept_bytes
+from offload.planner.activation_bytes import away_bytes, forward_workspace, kept_bytes, saved_room
 from offload.planner.activations import shares
-from offload.planner.choice import nothing_in_ram
-from offload.planner.memory import moments, peaks
+from offload.planner.choice import Choice, UnitChoice, nothing_in_ram
+from offload.planner.memory import FRAMEWORK_FIXED, FRAMEWORK_MARGIN, MIB, moments, peaks
 from offload.planner.prediction import predict
 from offload.planner.timing import whole_step
 
@@ -287,6 +287,31 @@ def test_the_peaks_are_the_worst_of_the_moments() -> None:
             away = sum(away_bytes(u, c, tier, w) for u, c in zip(units, choice.units, strict=True))
             reserved = {b.name: b.nbytes for b in reserve(w, 2, choice)}
             assert reserved.get(f"activations.{tier}", 0) == away
+
+
+def test_forward_has_room_for_what_autograd_saves() -> None:
+    """On a CPU for one pass's, where an earlier pass's makes room as it leaves; on a GPU for both."""
+    saved, graph, unsaved = 60 * MIB, 70 * MIB, 20 * MIB
+    unit = replace(
+        stack(1, 64, 512)[1], workspace_forward=30 * MIB, saved=(6 * MIB,) * 10, workspace_graph=graph,
+        workspace_unsaved=unsaved, workspace_kept=10 * MIB,
+    )  # fmt: skip
+    again, kept = UnitChoice(), UnitChoice(keep=1.0, recompute=0.0)
+    swapped, mixed = UnitChoice(recompute=0.0, swap_cpu=1.0), UnitChoice(recompute=0.5, swap_cpu=0.5)
+    for device, choice, forward, room in (
+        ("cpu", again, 30 * MIB, 0),
+        ("cpu", kept, graph, graph - unsaved),
+        ("cpu", swapped, saved + unsaved, saved),
+        ("cpu", mixed, saved + 30 * MIB, saved),  # micro-batches that are run again pass beside what leaves, too
+        ("cuda", again, 30 * MIB, 0),
+        ("cuda", kept, 30 * MIB, 0),  # counted among what waits
+        ("cuda", swapped, graph + saved, saved),
+    ):
+        w = Workload((unit,), 2, 1, 512, "bfloat16", activations="plan", device=device)  # type: ignore[arg-type]
+        assert (forward_workspace(unit, choice, w), saved_room(unit, choice, w)) == (forward, room), (device, choice)
+        moment = next(iter(moments(w, Choice((choice,)))))
+        margin, fixed = FRAMEWORK_MARGIN[device], FRAMEWORK_FIXED[device]
+        assert moment.framework == round(forward * margin) + fixed
 
 
 def test_a_solver_that_is_unknown_is_refused() -> None:

@@ -174,6 +174,16 @@ def test_whole_rows_of_a_long_sequence_need_no_square(model_type: str, keys: dic
             assert min(sizes) >= square
 
 
+def test_what_autograd_saves_is_part_of_the_forward_with_grad() -> None:
+    """Its peak, and what is alive beside what is saved by then, which is enough for a pass that is held up."""
+    found = profiled(on_meta(AutoModelForCausalLM, "llama", **SMALL), 2, 128).costs["model.layers.1"]
+    saved = sum(found.saved)
+    assert saved <= found.workspace_graph <= saved + found.workspace_unsaved
+    assert 0 < found.workspace_unsaved < found.workspace_graph <= found.workspace_backward
+    # it ends with its output and what was saved, and backward begins there
+    assert found.workspace_backward <= saved + found.boundary_bytes + found.workspace_kept
+
+
 ARCHITECTURES: list[tuple[Any, str, dict[str, Any]]] = [
     (AutoModelForCausalLM, "gpt2", {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 256, "bos_token_id": 1,
                                     "eos_token_id": 2}),
