@@ -7,12 +7,13 @@ and the lane's thread waits for it, which blocks neither the compute stream nor 
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
 import torch
@@ -226,12 +227,27 @@ def limit_lane_threads() -> None:
     number for the calling thread alone. No result depends on it: see `tests/test_adamw.py`.
     """
     yield_to_compute()
+    _set_openmp_threads(1)
+
+
+@contextmanager
+def lane_threads(count: int) -> Iterator[None]:
+    """So many OpenMP threads for the calling lane thread inside the body."""
+    _set_openmp_threads(count)
+    try:
+        yield
+    finally:
+        _set_openmp_threads(1)
+
+
+def _set_openmp_threads(count: int) -> None:
     torch.get_num_threads()  # torch sets the number once per thread, at the first call; ours must come after it
     openmp = _openmp()
     if openmp is not None:
-        openmp.omp_set_num_threads(1)
+        openmp.omp_set_num_threads(count)
 
 
+@functools.cache
 def _openmp() -> ctypes.CDLL | None:
     """The OpenMP runtime that torch has loaded; None where it cannot be found (other systems)."""
     try:
