@@ -9,6 +9,7 @@ what a step has to read and write per parameter. DeepSpeedCPUAdam takes part whe
 are not torch's, so the engine does not use it.
 """
 
+# ruff: noqa: E402  (PyTorch reads the environment when it is loaded)
 from __future__ import annotations
 
 import argparse
@@ -19,6 +20,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from statistics import median, quantiles
 from typing import Any
+
+from offload.environment import set_defaults
+
+set_defaults()  # as the command does
 
 import torch
 from torch import Tensor

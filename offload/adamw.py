@@ -83,7 +83,7 @@ def merge_master(weight: Tensor, low: Tensor, exp_avg_sq: Tensor, out: Tensor, s
         weight: bfloat16 [n]. low: int16 [n]. exp_avg_sq: float32 [n], changed in place. out: float32 [n], written.
         scratch: int32 [n], overwritten.
     """
-    _merge(weight, low, exp_avg_sq, exp_avg_sq.view(torch.int32), out, out.view(torch.int32), scratch)
+    _merge(weight.view(torch.int16), low, exp_avg_sq, exp_avg_sq.view(torch.int32), out.view(torch.int32), scratch)
 
 
 def split_master(master: Tensor, weight: Tensor, low: Tensor, exp_avg_sq: Tensor, scratch: Tensor) -> None:
@@ -114,15 +114,13 @@ def _compiled(function: Callable[..., None]) -> Callable[..., None]:
     return made
 
 
-# TorchScript knows views of another dtype only as arguments: `marks`, `bits` and `wide` are such views.
+# TorchScript knows views of another dtype only as arguments: `halves` (of bfloat16 weights), `marks`, `bits` and `wide`
+# are such views.
 
 
 @_compiled
-def _merge(
-    weight: Tensor, low: Tensor, exp_avg_sq: Tensor, marks: Tensor, master: Tensor, bits: Tensor, scratch: Tensor
-) -> None:
-    master.copy_(weight)
-    bits.add_(scratch.copy_(low))
+def _merge(halves: Tensor, low: Tensor, exp_avg_sq: Tensor, marks: Tensor, bits: Tensor, scratch: Tensor) -> None:
+    torch.add(scratch.copy_(low), bits.copy_(halves), alpha=65536, out=bits)
     if int(low.min()) == -32768:  # only these can be marked: in one window of three there is none
         torch.bitwise_right_shift(marks, 31, out=scratch)  # -1 where marked, else 0
         bits.sub_(scratch, alpha=65536)
@@ -152,6 +150,7 @@ def _split(
 @_compiled
 def _update(
     param: Tensor,
+    halves: Tensor,
     low: Tensor | None,
     grad: Tensor,
     exp_avg: Tensor,
@@ -173,32 +172,36 @@ def _update(
 ) -> None:
     """AdamW over one piece of a parameter, as many elements at a time as the scratch tensors have.
 
-    `lists` are four empty ones: of an operator that writes to the tensors of lists TorchScript sees only that it writes
-    to the lists, and leaves it out unless those are the caller's.
+    `lists` are four of one tensor each: of an operator that writes to the tensors of lists TorchScript sees only that
+    it writes to the lists, and leaves it out unless those are the caller's.
     """
     wholes, grads, exp_avgs, exp_avg_sqs = lists[0], lists[1], lists[2], lists[3]
     window = master.size(0)
-    for at in range(0, param.size(0), window):
-        n = min(window, param.size(0) - at)
-        p, g, m = param.narrow(0, at, n), grad.narrow(0, at, n), exp_avg.narrow(0, at, n)
-        v, mark = exp_avg_sq.narrow(0, at, n), marks.narrow(0, at, n)
-        whole, low_part = p, p
+    params, halved, lows = param.split(window), halves.split(window), halves.split(window)
+    if low is not None:
+        lows = low.split(window)
+    gs, ms, vs, marked = grad.split(window), exp_avg.split(window), exp_avg_sq.split(window), marks.split(window)
+    for i in range(len(params)):
+        p, g, v = params[i], gs[i], vs[i]
+        n = p.size(0)
+        if n != window:  # only the last: a view costs as much as half of an operation
+            master, bits, scratch = master.narrow(0, 0, n), bits.narrow(0, 0, n), scratch.narrow(0, 0, n)
+            wide, gradient = wide.narrow(0, 0, n), gradient.narrow(0, 0, n)
         if g.dtype != torch.float32:
-            g = gradient.narrow(0, 0, n).copy_(g)
+            g = gradient.copy_(g)
         if coefficient is not None:
-            g = torch.mul(g, coefficient, out=gradient.narrow(0, 0, n))
+            g = torch.mul(g, coefficient, out=gradient)
+        whole = p
         if low is not None:
-            whole, low_part = master.narrow(0, 0, n), low.narrow(0, at, n)
-            _merge(p, low_part, v, mark, whole, bits.narrow(0, 0, n), scratch.narrow(0, 0, n))
-        for values, value in ((wholes, whole), (grads, g), (exp_avgs, m), (exp_avg_sqs, v)):
-            values.clear()
-            values.append(value)
+            whole = master
+            _merge(halved[i], lows[i], v, marked[i], bits, scratch)
+        wholes[0], grads[0], exp_avgs[0], exp_avg_sqs[0] = whole, g, ms[i], v
         torch._fused_adamw_(
             wholes, grads, exp_avgs, exp_avg_sqs, [], [step], lr=lr, beta1=beta1, beta2=beta2,
             weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
         )  # fmt: skip
         if low is not None:
-            _split(whole, bits.narrow(0, 0, n), p, low_part, v, mark, scratch.narrow(0, 0, n), wide.narrow(0, 0, n))
+            _split(master, bits, p, lows[i], v, marked[i], scratch, wide)
 
 
 @dataclass(frozen=True)
@@ -247,13 +250,14 @@ class Stock:
             fused_step(params, grads, exp_avgs, exp_avg_sqs, [step for _, _, step in pieces], hyper)
             return
         for start, stop, step in pieces:
-            exp_avg_sq = chunk.exp_avg_sq[start:stop]
+            param, exp_avg_sq = chunk.param[start:stop], chunk.exp_avg_sq[start:stop]
+            halves = param if chunk.low is None else param.view(torch.int16)
             _update(
-                chunk.param[start:stop], None if chunk.low is None else chunk.low[start:stop], chunk.grad[start:stop],
+                param, halves, None if chunk.low is None else chunk.low[start:stop], chunk.grad[start:stop],
                 chunk.exp_avg[start:stop], exp_avg_sq, exp_avg_sq.view(torch.int32), hyper.coefficient, self._master,
                 self._master.view(torch.int32), self._bits, self._bits.view(torch.float32), self._gradient,
-                torch.tensor(float(step)), [[], [], [], []], hyper.lr, hyper.beta1, hyper.beta2, hyper.eps,
-                hyper.weight_decay,
+                torch.tensor(float(step)), [[param], [param], [param], [param]], hyper.lr, hyper.beta1, hyper.beta2,
+                hyper.eps, hyper.weight_decay,
             )  # fmt: skip
 
 
