@@ -35,10 +35,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 LONGEST = 6.0  # seconds: a unit whose forward and backward are expected to take longer is not timed
-# Repetitions of a pass, of which the median counts: the first compiles kernels and fills caches, and on a shared
-# machine the fastest is what steps are not. Short passes are repeated until so many seconds are over.
-REPEATS, MOST_REPEATS = 3, 9
-SECONDS = 0.5
+# Repetitions of a pass: the first compiles kernels and faults memory in, of the others the median counts, because on a
+# shared machine the fastest is what steps are not. Short passes are repeated until so many seconds are over.
+REPEATS, MOST_REPEATS = 4, 9
+SECONDS = 1.0
 ALL_VISITS = 1_000_000_000  # parameters of a model of which every unit may be run, where one kind each is not enough
 
 
@@ -223,7 +223,7 @@ class _Timer(Tracer):
             begin = self._now()
             backward(again, gradients)
             seconds.append(self._now() - begin)
-        return median(seconds)
+        return median(seconds[1:])
 
     def _repeat(self, run: Callable[[], Any]) -> tuple[Any, float]:
         result, seconds = None, list[float]()
@@ -232,7 +232,7 @@ class _Timer(Tracer):
             begin = self._now()
             result = run()
             seconds.append(self._now() - begin)
-        return result, median(seconds)
+        return result, median(seconds[1:])
 
     def _now(self) -> float:
         if self.device == "cuda":
