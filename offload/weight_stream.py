@@ -114,7 +114,6 @@ class WeightStream:
             slot = self._slot_of(unit)
             if self._upcoming and self._upcoming[0] == unit.index:
                 self._upcoming.popleft()
-            slot.bound = True
             self._load_ahead()
         assert slot.filled is not None
         self._loads.wait(slot.filled, unit)
@@ -220,13 +219,18 @@ class WeightStream:
             self._load(self._states[index].unit, slot)
 
     def _slot_of(self, unit: Unit) -> _Slot:
-        """The slot of a unit that compute needs now, loading it if need be; updates may still hold those that fit."""
+        """The slot of a unit that compute needs now, loading it if need be; updates may still hold those that fit.
+
+        It counts as bound before its load or update begins: either may be over at once, and others are then loaded
+        ahead, into it too if the unit is not among the visits to come.
+        """
         deadline = time.monotonic() + self._timeout
         begin = time.perf_counter()
         waited = False
         while (slot := self._where.get(unit.index)) is None:
             free = self._choose(unit, position=-1)
             if free is not None:
+                free.bound = True
                 slot = self._load(unit, free)
                 break
             if not any(s.lent or s.filling for s in self._slots):
@@ -239,6 +243,7 @@ class WeightStream:
                 )
         if waited:
             self._trace.add("stall", f"weight slot: {unit.name}", begin, time.perf_counter())
+        slot.bound = True
         self._renew(unit, slot)
         return slot
 

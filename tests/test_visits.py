@@ -1,0 +1,72 @@
+"""Models that visit other units than in the step before: what was loaded or deferred for visits that do not come."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future, wait
+from pathlib import Path
+from typing import Any
+
+import forcing
+import pytest
+import reference
+import torch
+import toys
+from torch import Tensor
+
+from offload.engine import Engine
+
+CLIPPED = 1e-3
+
+
+def passing_over(model: toys.Toy, hidden: Tensor, dropped: Tensor | None = None) -> Tensor:
+    """As with LayerDrop."""
+    for i, layer in enumerate(model.layers):
+        if dropped is None or int(dropped[0]) != i:
+            hidden = layer(hidden)
+    return hidden
+
+
+def batches(name: str, values: list[int]) -> list[dict[str, Tensor]]:
+    made = toys.batches(len(values), 2)
+    for batch, value in zip(made, values, strict=True):
+        batch[name] = torch.full((2,), value)
+    return made
+
+
+def made(path: Path, model: toys.Toy, tier: str) -> Engine:
+    homes = dict.fromkeys(("param", "exp_avg", "exp_avg_sq", "grad"), tier)
+    return forcing.engine(path / "run", model, 2, 2, {"train.max_grad_norm": CLIPPED}, homes=homes)
+
+
+def assert_trains(engine: Engine, model: toys.Toy, given: list[dict[str, Tensor]]) -> None:
+    want = reference.train(model, given, 2, takes_total=False, max_grad_norm=CLIPPED)
+    losses = [engine.step(batch).loss for batch in given]
+    weights = reference.weights(engine)
+    assert losses == want.losses
+    assert all(torch.equal(weights[name], want.weights[name]) for name in want.weights)
+
+
+@pytest.fixture(autouse=True)
+def _blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than there are slots."""
+    monkeypatch.setattr(toys, "DEPTH", 5)
+
+
+@pytest.mark.parametrize("tier", ["cpu", "nvme"])
+def test_loads_that_are_over_at_once(tier: str, fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A unit that was passed over in the last step is not among the visits to come: the slot that it was loaded into
+    was given to the first of those before it was bound."""
+    model = toys.make(around=passing_over)
+    with made(fast_path, model, tier) as engine:
+        stream = engine._method._weights
+        submit, main = stream._lane.submit, threading.current_thread()
+
+        def submit_slowly(*arguments: Any) -> Future[None]:
+            future: Future[None] = submit(*arguments)
+            if threading.current_thread() is main:
+                wait([future], 0.1)
+            return future
+
+        monkeypatch.setattr(stream._lane, "submit", submit_slowly)
+        assert_trains(engine, model, batches("dropped", [9, 1, 9, 2, 0]))
