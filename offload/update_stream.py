@@ -169,11 +169,10 @@ class UpdateStream:
         self._commit = Future()
         self._commits.put((self._commit, updates, meta, first, then))
 
-    def wait_ready(self, unit: Unit) -> None:
-        """Block until the unit's latest weights can be read; raises the update's error."""
+    def ready(self, unit: Unit) -> Future[None]:
+        """Settled when the weights of the unit's latest update can be read, or with its error."""
         update = self._latest.get(unit.index)
-        if update is not None:
-            update.ready.result(self._timeout)
+        return _done() if update is None else update.ready
 
     def check(self) -> None:
         """Raise the error of an update or commit that has failed; does not wait."""

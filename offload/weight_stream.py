@@ -42,7 +42,7 @@ class _Slot:
     filled: Future[None] | None = None
     bound: bool = False
     lent: bool = False  # to an optimizer update, which reads the unit's weights here or leaves new ones
-    outdated: bool = False  # holds the weights that the unit's deferred update starts from
+    outdated: bool = False  # holds, or will, the weights that the unit's deferred update starts from
     released: torch.cuda.Event | None = None
 
     @property
@@ -159,10 +159,9 @@ class WeightStream:
         for state in self._states:
             if state.unit.resident and self._resident is not None:
                 lent = Lent(self._resident[: state.sizes.get("param", 0)], False, self._device.mark())
-                filling = lent.filled if self._updates.start(state.unit, lent) else None
-                if filling is not None or self._resident_filled is None:
-                    fill = self._lane.submit(self._fill, state, self._resident, None, filling)
-                    self._resident_filled = fill
+                started = self._updates.start(state.unit, lent)
+                if started or self._resident_filled is None:
+                    self._resident_filled = self._submit(state, self._resident, None, lent if started else None)
 
     def outdate(self, unit: Unit) -> None:
         """The unit's update was deferred: a copy in a slot is what it starts from, and nothing else."""
@@ -170,9 +169,7 @@ class WeightStream:
             self._generations[unit.index] += 1
             slot = self._where.get(unit.index)
             if slot is not None:
-                slot.outdated = not slot.filling
-                if slot.filling:  # for a visit that did not come
-                    self._forget(slot)
+                slot.outdated = True
 
     def invalidate(self, unit: Unit) -> None:
         """What a slot holds of the unit are not its weights."""
@@ -227,8 +224,8 @@ class WeightStream:
         deadline = time.monotonic() + self._timeout
         begin = time.perf_counter()
         waited = False
-        while (slot := self._where.get(unit.index)) is None:
-            free = self._choose(unit, position=-1)
+        while (slot := self._where.get(unit.index)) is None or (slot.outdated and slot.filling):
+            free = self._choose(unit, position=-1) if slot is None else None
             if free is not None:
                 free.bound = True
                 slot = self._load(unit, free)
@@ -272,22 +269,32 @@ class WeightStream:
         self._forget(slot)
         slot.unit = unit
         self._where[unit.index] = slot
-        state, filling = self._states[unit.index], None
+        state = self._states[unit.index]
         lent = Lent(slot.buffer[: state.sizes.get("param", 0)], False, slot.released)
-        if self._updates.start(unit, lent):
+        if started := self._updates.start(unit, lent):
             self._hold(slot, lent)
-            filling = lent.filled
-        slot.filled = self._lane.submit(self._fill, state, slot.buffer, slot.released, filling)
+        slot.filled = self._submit(state, slot.buffer, slot.released, lent if started else None)
         slot.filled.add_done_callback(lambda _: self._came_free())
         return slot
 
+    def _submit(
+        self, state: UnitState, buffer: Tensor, released: torch.cuda.Event | None, lent: Lent | None
+    ) -> Future[None]:
+        """Have the lane fill `buffer`, with what the unit's update leaves where it is lent to that. The update to wait
+        for is the latest one as of now: a later one may be deferred until this lane has come further."""
+        update = self._updates.ready(state.unit) if lent is None else lent.filled
+        return self._lane.submit(self._fill, state, buffer, released, update, lent is not None)
+
     def _renew(self, unit: Unit, slot: _Slot) -> None:
-        """Start the unit's deferred update on the weights in its slot; load new ones if it did not wait for that."""
-        if not slot.outdated:
+        """Start the unit's deferred update on the weights in its slot; load new ones if it did not wait for that.
+
+        A slot that is still being filled, for a visit that did not come, is looked at again when that is over.
+        """
+        if not slot.outdated or slot.filling:
             return
         slot.outdated = False
         lent = Lent(slot.buffer[: self._states[unit.index].sizes["param"]], True, slot.released)
-        if self._updates.start(unit, lent):
+        if slot.filled is not None and _succeeded(slot.filled) and self._updates.start(unit, lent):
             self._hold(slot, lent)
             slot.filled = lent.filled
         else:
@@ -322,29 +329,34 @@ class WeightStream:
     # ---- the lane's thread ----
 
     def _fill(
-        self, state: UnitState, buffer: Tensor, released: torch.cuda.Event | None, filling: Future[None] | None
+        self, state: UnitState, buffer: Tensor, released: torch.cuda.Event | None, update: Future[None], leaves: bool
     ) -> None:
         try:
             if self._failed is not None:  # its buffers are lost to the ring, which the gradient lane needs too
                 raise self._failed
-            self._fill_now(state, buffer, released, filling)
+            self._fill_now(state, buffer, released, update, leaves)
         except BaseException as error:
             self._failed = error
             raise
 
     def _fill_now(
-        self, state: UnitState, buffer: Tensor, released: torch.cuda.Event | None, filling: Future[None] | None
+        self, state: UnitState, buffer: Tensor, released: torch.cuda.Event | None, update: Future[None], leaves: bool
     ) -> None:
-        if filling is None:
-            self._updates.wait_ready(state.unit)
+        """`update`: settled when the unit's update `leaves` its new weights here; otherwise when they can be read."""
+        if not leaves:
+            update.result(self._timeout)
         self._device.wait(released)
         start = 0
         for role in ("param", "frozen"):
             nbytes = state.sizes.get(role, 0)
             if not nbytes:
                 continue
-            if role == "param" and filling is not None:
-                filling.result(self._timeout)  # the unit's update leaves its new weights here
+            if role == "param" and leaves:
+                update.result(self._timeout)
             else:
                 self._loads.load(state, role, buffer, start)
             start += nbytes
+
+
+def _succeeded(future: Future[None]) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,14 @@ def passing_over(model: toys.Toy, hidden: Tensor, dropped: Tensor | None = None)
     """As with LayerDrop."""
     for i, layer in enumerate(model.layers):
         if dropped is None or int(dropped[0]) != i:
+            hidden = layer(hidden)
+    return hidden
+
+
+def looping(model: toys.Toy, hidden: Tensor, loops: Tensor | None = None) -> Tensor:
+    """All blocks, several times."""
+    for _ in range(3 if loops is None else int(loops[0])):
+        for layer in model.layers:
             hidden = layer(hidden)
     return hidden
 
@@ -70,3 +79,30 @@ def test_loads_that_are_over_at_once(tier: str, fast_path: Path, monkeypatch: py
 
         monkeypatch.setattr(stream._lane, "submit", submit_slowly)
         assert_trains(engine, model, batches("dropped", [9, 1, 9, 2, 0]))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("tier", ["cpu", "nvme"])
+def test_loads_for_visits_that_do_not_come(tier: str, fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are still in the lane when backward is over; they waited there for updates that had been deferred meanwhile,
+    and what those wait for was behind them."""
+    model = toys.make(around=looping)
+    model.embed_tokens.requires_grad_(False)  # the last visit of backward is a block
+    with made(fast_path, model, tier) as engine:
+        stream = engine._method._weights
+        fill, outdate, late = stream._fill, stream.outdate, []
+
+        def fill_slowly(*arguments: Any) -> None:
+            time.sleep(0.02)
+            fill(*arguments)
+
+        def noted(unit: Any) -> None:
+            slot = stream._where.get(unit.index)
+            if slot is not None and slot.filling:
+                late.append(unit.index)
+            outdate(unit)
+
+        monkeypatch.setattr(stream, "_fill", fill_slowly)
+        monkeypatch.setattr(stream, "outdate", noted)
+        assert_trains(engine, model, batches("loops", [3, 1, 3, 2, 1]))
+        assert late
