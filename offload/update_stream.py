@@ -160,8 +160,12 @@ class UpdateStream:
 
     def start_all(self) -> None:
         """Start the deferred updates that nobody asked for, in order."""
-        while self._waiting:
-            self.start(self._states.units[next(iter(self._waiting))].unit, None)
+        while True:
+            with self._lock:  # slots that come free take jobs away meanwhile
+                index = next(iter(self._waiting), None)
+            if index is None:
+                return
+            self.start(self._states.units[index].unit, None)
 
     def commit(self, meta: dict[str, Any], first: Callable[[], None], then: Callable[[], None]) -> None:
         """After all updates queued so far are durable, call `first`, make the store's next version, call `then`."""

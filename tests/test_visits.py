@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
@@ -106,3 +107,31 @@ def test_loads_for_visits_that_do_not_come(tier: str, fast_path: Path, monkeypat
         monkeypatch.setattr(stream, "outdate", noted)
         assert_trains(engine, model, batches("loops", [3, 1, 3, 2, 1]))
         assert late
+
+
+def test_deferred_updates_that_are_started_from_two_threads(fast_path: Path) -> None:
+    """A slot that comes free starts its unit's while `flush` starts all."""
+    model = toys.make()
+    with made(fast_path, model, "cpu") as engine:
+        updates = engine._method._updates
+
+        class Waiting(dict[int, Any]):
+            """Another thread takes one away while it is being looked at, if it can."""
+
+            def __iter__(self) -> Iterator[int]:
+                found = super().__iter__()
+                for index in list(self.keys()):
+                    thread = threading.Thread(target=updates.start, args=(engine._units[index], None))
+                    thread.start()
+                    thread.join(0.05)
+                    break
+                return found
+
+        want = reference.train(model, toys.batches(2, 2), 2, takes_total=False, max_grad_norm=CLIPPED)
+        losses = []
+        for batch in toys.batches(2, 2):
+            losses.append(engine.step(batch).loss)
+            with updates._lock:
+                updates._waiting = Waiting(updates._waiting)
+            engine.flush()
+        assert losses == want.losses
