@@ -57,7 +57,7 @@ def built() -> bool:
         return True
     if _locks():
         return False
-    return any(all(_is_of_this_torch(folder / name) for name in _OPERATORS) for folder in _folders())
+    return any(all(_is_of_this_torch(folder / name) for name in _OPERATORS) for folder in build_folders())
 
 
 def _is_of_this_torch(folder: Path) -> bool:
@@ -69,14 +69,15 @@ def _is_of_this_torch(folder: Path) -> bool:
     return f"{Path(torch.origin).parent}/" in commands.read_text()
 
 
-def _folders() -> list[Path]:
+def build_folders() -> list[Path]:
+    """Where PyTorch keeps the operators that it has built, each in a folder of its name."""
     cache = os.environ.get("TORCH_EXTENSIONS_DIR")
     return [Path(cache)] if cache else list((Path.home() / ".cache" / "torch_extensions").glob("py*"))
 
 
 def _locks() -> list[Path]:
     """Locks of builds under way, or interrupted: PyTorch would wait for them without end."""
-    return [lock for folder in _folders() for name in _OPERATORS if (lock := folder / name / "lock").exists()]
+    return [lock for folder in build_folders() for name in _OPERATORS if (lock := folder / name / "lock").exists()]
 
 
 _loading = threading.Lock()

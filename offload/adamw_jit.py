@@ -23,6 +23,8 @@ from torch import Tensor
 from offload import heap
 from offload.adamw import Chunk, Hyper, Piece, Stock
 
+# What numba and the kernels were seen to take (40 MiB), and some more.
+LOADED_BYTES = 48 << 20
 # Elements that torch's compiled code takes at a time, most likely first: what is left of a tensor beyond a multiple of
 # it is its tail. It depends on the compiler too: with vectors of 16 floats, the tail's loop was made to take 8.
 _LANES = (8, 16, 4)
@@ -96,7 +98,7 @@ def load() -> Loaded:
     global _loaded
     with _lock:
         if _loaded is None:
-            with heap.in_footprint():
+            with heap.in_footprint(LOADED_BYTES):
                 _loaded = _load()
         return _loaded
 

@@ -40,13 +40,16 @@ def begin() -> None:
 
 
 @contextmanager
-def in_footprint() -> Iterator[None]:
-    """What the body takes for good is part of every run's footprint, whenever it is loaded."""
+def in_footprint(most: int) -> Iterator[None]:
+    """What the body takes for good is part of every run's footprint, whenever it is loaded: at most `most` bytes, since
+    other threads may take memory meanwhile that is not."""
     global _footprint
     before = _resident_bytes()
-    yield
-    if _footprint:
-        _footprint += _resident_bytes() - before
+    try:
+        yield
+    finally:
+        if _footprint:
+            _footprint += max(0, min(most, _resident_bytes() - before))
 
 
 class Heap:

@@ -213,7 +213,7 @@ class WeightStream:
             slot = None if self._updates.undecided(unit) else self._choose(unit, position)
             if slot is None:
                 break
-            self._load(self._states[index].unit, slot)
+            self._load(unit, slot)
 
     def _slot_of(self, unit: Unit) -> _Slot:
         """The slot of a unit that compute needs now, loading it if need be; updates may still hold those that fit.

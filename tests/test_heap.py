@@ -75,13 +75,19 @@ def test_what_planning_leaves_is_no_part_of_the_footprint(monkeypatch: pytest.Mo
     resident = 300 * MIB
     monkeypatch.setattr(heap, "_resident_bytes", lambda: resident)
     monkeypatch.setattr(heap, "_footprint", 0)
-    with heap.in_footprint():  # before anything is planned: counted when planning begins
+    with heap.in_footprint(64 * MIB):  # before anything is planned: counted when planning begins
         resident += 10 * MIB
     heap.begin()
     resident += 20 * MIB
-    with heap.in_footprint():
+    with heap.in_footprint(64 * MIB):
         resident += 40 * MIB
     assert heap._footprint == 350 * MIB
+    with heap.in_footprint(48 * MIB):
+        resident += 300 * MIB  # other threads' too
+    assert heap._footprint == 398 * MIB
+    with heap.in_footprint(48 * MIB):
+        resident -= 200 * MIB
+    assert heap._footprint == 398 * MIB
 
 
 @pytest.mark.skipif(not hasattr(os, "setpriority"), reason="threads have no priority of their own here")

@@ -84,7 +84,8 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def refuse_locks() -> None:
     """Raise where a build of one of the native parts is under way, or was killed: PyTorch waits for it without end."""
-    if locks := [lock for folder in libaio._folders() for name in NATIVE if (lock := folder / name / "lock").exists()]:
+    folders = libaio.build_folders()
+    if locks := [lock for folder in folders for name in NATIVE if (lock := folder / name / "lock").exists()]:
         raise RuntimeError(
             f"{', '.join(map(str, locks))} says that a part of DeepSpeed is being built; if no build is running, one "
             "was killed: remove the file"
