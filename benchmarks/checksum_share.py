@@ -32,6 +32,7 @@ set_defaults()  # as the command does
 import torch
 from offload.io import BLOCK, STRIPE, BlockCheck, BlockSums, DirectFile, Ledger, Priority, Request, allocate
 from offload.io.request import Transfer
+from offload.planner.memory import bare_ram
 
 import offload
 from benchmarks import machine
@@ -58,9 +59,8 @@ def configuration(directory: Path, micro_batches: int) -> dict[str, Any]:
         "memory": {"device": "cpu", "cpu": "8GiB", "nvme": [{"path": str(directory / "store"), "size": "auto"}]},
         "output": str(directory / "run"),
     }  # fmt: skip
-    plan = prepare(offload.Config.load(config)).plan
-    homes = ("state", "gradient homes", "swapped activations")
-    config["memory"]["cpu"] = plan.peak_bytes["cpu"] - sum(plan.categories["cpu"].get(name, 0) for name in homes)
+    prepared = prepare(offload.Config.load(config))
+    config["memory"]["cpu"] = bare_ram(prepared.workload, prepared.plan)
     return config
 
 

@@ -1,10 +1,11 @@
 """How right a plan is: predicted peaks and step times beside measured ones, on the CPU device.
 
 Each run is `offload train` from the command line with a fresh measurement of the machine just before it. RAM is the
-peak PSS of the process tree minus `offload.footprint`, sampled up to the last few steps; the step time is the median
-of those. Sampling slows a process down by up to 40 %, so nothing samples while it measures and plans either: for that
-time the kernel's own peak of the resident set, which is no less, counts. Bars: measured RAM at most the predicted one
-and within 5 % of it, tiers by the ledger at most the predicted ones, step time within 15 %.
+peak PSS of the process tree minus `offload.footprint`: the highest of what is sampled here up to the last few steps and
+of what the run recorded itself, which knows the kernel's own peak of the resident set and so misses nothing between two
+samples. The step time is the median of the last steps. Sampling slows a process down by up to 40 %, so nothing samples
+while it measures and plans either: for that time the kernel's peak counts too. Bars: measured RAM at most the predicted
+one and within 5 % of it, tiers by the ledger at most the predicted ones, step time within 15 %.
 """
 
 from __future__ import annotations
@@ -123,7 +124,9 @@ def run(directory: Path, what: tuple[str, str, int, int, int, str, bool], steps:
         raise RuntimeError(f"offload train ended with {child.returncode}:\n{log.read_text()[-4000:]}")
     metrics = [json.loads(line) for line in (directory / "run" / "metrics.jsonl").read_text().splitlines()]
     plan = json.loads((directory / "run" / "plan.json").read_text())
-    ledger = json.loads((directory / "run" / "memory.json").read_text())["tiers"]
+    memory_file = json.loads((directory / "run" / "memory.json").read_text())
+    ledger = memory_file["tiers"]
+    sampled, peak = peak, max(peak, memory_file["process"]["pss_peak"])
     measured = median(m["seconds"] for m in metrics[-TIMED:])
     for item in (directory / "store").rglob("*"):
         if item.is_file():
@@ -136,6 +139,7 @@ def run(directory: Path, what: tuple[str, str, int, int, int, str, bool], steps:
         "commit_every": plan["commit_every"], "stall_seconds": plan["stall_seconds"], "notes": plan["notes"],
         "predicted_lanes": plan["lane_seconds"], "measured_lanes": metrics[-1]["lane_seconds"],
         "predicted_ram": plan["peak_bytes"]["cpu"], "measured_ram": peak - base, "footprint": base,
+        "sampled_ram": sampled - base,
         "ram_error": plan["peak_bytes"]["cpu"] / (peak - base) - 1, "categories": plan["categories"]["cpu"],
         "device_categories": plan["categories"]["gpu"],
         "ledger": {tier: values["peak"] for tier, values in ledger.items()},

@@ -7,7 +7,8 @@ runs), `exp_avg`, `exp_avg_sq`, `grad` (gradients that wait for the global norm)
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +26,6 @@ from offload.io import (
     Request,
     Ring,
     Store,
-    copy,
     moving,
 )
 from offload.planner import Plan
@@ -47,6 +47,7 @@ class UnitState:
     sizes: dict[str, int]
     homes: dict[str, Tensor] = field(default_factory=dict)
     gradient_home: Tensor | None = None
+    gradient_waits: bool = False  # for the global norm, in its home or in the store
     tiers: dict[str, HostTier] = field(default_factory=dict)
     written: tuple[str, ...] = UPDATED_ROLES
 
@@ -134,7 +135,8 @@ class States:
                 tier = placement.get(role, placement["param"])
                 if tier in tiers:
                     state.homes[role] = reserve(state, role, tier, nbytes)
-            if clipping and state.unit.trainable and placement.get("grad") in tiers:
+            state.gradient_waits = clipping and state.unit.trainable
+            if state.gradient_waits and placement.get("grad") in tiers:
                 nbytes = state.unit.layout.trainable_elements * gradient_dtype.itemsize
                 state.gradient_home = reserve(state, "grad", placement["grad"], nbytes)
 
@@ -178,9 +180,9 @@ class States:
                 self._first_chunk(state, read, start, stop, trained)
             for start in range(0, unit.layout.frozen_elements, step):
                 stop = min(start + step, unit.layout.frozen_elements)
-                with frozen.buffer() as parts:
-                    gather(unit, False, start, stop, read, parts.take("frozen", self.dtype, stop - start))
-                    parts.send(state, "frozen", start * self.dtype.itemsize)
+                with frozen.buffer(state) as parts:
+                    gather(unit, False, start, stop, read, parts.take("frozen", start, stop))
+                    parts.send("frozen")
         trained.drain()
         frozen.drain()
         for state in self.units:
@@ -190,24 +192,23 @@ class States:
     def _first_chunk(
         self, state: UnitState, read: Callable[[str, int, int], Tensor], start: int, stop: int, writer: Writer
     ) -> None:
-        with writer.buffer() as parts:
-            n = stop - start
-            master = parts.take("value", torch.float32, n)
-            gather(state.unit, True, start, stop, read, master)
-            param = parts.take("param", self.dtype, n)
-            moments = [parts.take(role, torch.float32, n).zero_() for role in ("exp_avg", "exp_avg_sq")]
+        with writer.buffer(state) as parts:
+            param, exp_avg, exp_avg_sq = (parts.take(role, start, stop) for role in ("param", "exp_avg", "exp_avg_sq"))
+            exp_avg_sq.zero_()
             if self.dtype == torch.bfloat16:
-                low = parts.take("master", torch.int16, n)
-                for at in range(0, n, adamw.CACHE_ELEMENTS):
-                    part = slice(at, min(at + adamw.CACHE_ELEMENTS, n))
+                master, low = exp_avg, parts.take("master", start, stop)  # the moment's place, before it has a value
+                gather(state.unit, True, start, stop, read, master)
+                for at in range(0, stop - start, adamw.CACHE_ELEMENTS):
+                    part = slice(at, min(at + adamw.CACHE_ELEMENTS, stop - start))
                     bits = torch.empty(part.stop - at, dtype=torch.int32)
-                    adamw.split_master(master[part], param[part], low[part], moments[1][part], bits)
+                    adamw.split_master(master[part], param[part], low[part], exp_avg_sq[part], bits)
             else:
-                param.copy_(master)
+                gather(state.unit, True, start, stop, read, param)
+            exp_avg.zero_()
             for role in state.updated_roles:
-                if role not in ("exp_avg", "exp_avg_sq") or moments[1].view(torch.int32).any():
-                    parts.send(state, role, start * role_dtype(role, self.dtype).itemsize)
-                # else: fresh extents and fresh memory read as zeros already
+                if role not in ("exp_avg", "exp_avg_sq") or exp_avg_sq.view(torch.int32).any():
+                    parts.send(role)
+                # else: fresh extents read as zeros already
 
     def load_homes(self) -> None:
         """Fill the homes from the store's committed extents (resume)."""
@@ -271,28 +272,42 @@ def gather(
 
 
 class _Parts:
-    """One ring buffer cut into the roles of one chunk, and the writes that leave from it."""
+    """One chunk of a unit's roles: in their homes, or in parts of one ring buffer; and the writes that leave from them.
 
-    def __init__(self, buffer: Tensor) -> None:
+    Where a home is in slow memory, `close` returns when that memory would have been done.
+    """
+
+    def __init__(self, state: UnitState, buffer: Tensor) -> None:
+        self._state = state
         self._buffer = buffer
         self._end = 0
-        self._parts: dict[str, Tensor] = {}
+        self._parts: dict[str, tuple[int, Tensor]] = {}
+        self._moving = ExitStack()
         self.requests: list[Request] = []
 
-    def take(self, role: str, dtype: torch.dtype, elements: int) -> Tensor:
-        """The next part of the buffer, on a page of its own, as `elements` of `dtype`."""
-        nbytes = -(-elements * dtype.itemsize // 4096) * 4096
-        self._parts[role] = self._buffer[self._end : self._end + nbytes]
-        self._end += nbytes
-        return self._parts[role][: elements * dtype.itemsize].view(dtype)
-
-    def send(self, state: UnitState, role: str, offset: int) -> None:
-        """Write a part to the store, and to its home if it has one."""
-        part = self._parts[role]
-        home = state.homes.get(role)
+    def take(self, role: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a role, to be written to; on a page of their own."""
+        dtype = role_dtype(role, self._state.dtype)
+        offset, size = start * dtype.itemsize, (stop - start) * dtype.itemsize
+        nbytes = -(-size // 4096) * 4096
+        home = self._state.homes.get(role)
         if home is not None:
-            copy(home[offset : offset + part.numel()], part[: home.numel() - offset], state.tiers[role])
-        self.requests.append(state.write(role, offset, part))
+            part = home[offset : offset + nbytes]
+            self._moving.enter_context(moving(size, self._state.tiers[role]))
+        else:
+            part = self._buffer[self._end : self._end + nbytes]
+            self._end += nbytes
+        self._parts[role] = offset, part
+        return part[:size].view(dtype)
+
+    def send(self, role: str) -> None:
+        """Write a part to the store."""
+        offset, part = self._parts[role]
+        self.requests.append(self._state.write(role, offset, part))
+
+    def close(self) -> None:
+        """Nothing is written to the parts any more."""
+        self._moving.close()
 
 
 class Writer:
@@ -303,8 +318,17 @@ class Writer:
         self.timeout = timeout
         self._flying: deque[tuple[Tensor, list[Request]]] = deque()
 
-    def buffer(self) -> _Turn:
-        return _Turn(self)
+    @contextmanager
+    def buffer(self, state: UnitState) -> Iterator[_Parts]:
+        """A chunk of the unit to be filled and sent."""
+        self.drain(leave=1)
+        raw = self.ring.acquire(self.timeout)
+        parts = _Parts(state, raw)
+        try:
+            yield parts
+        finally:
+            parts.close()
+            self._flying.append((raw, parts.requests))
 
     def drain(self, leave: int = 0) -> None:
         """Wait until at most `leave` chunks are still being written."""
@@ -313,17 +337,3 @@ class Writer:
             for request in requests:
                 request.wait()
             self.ring.release(buffer)
-
-
-class _Turn:
-    def __init__(self, writer: Writer) -> None:
-        self._writer = writer
-
-    def __enter__(self) -> _Parts:
-        self._writer.drain(leave=1)
-        self._raw = self._writer.ring.acquire(self._writer.timeout)
-        self.parts = _Parts(self._raw)
-        return self.parts
-
-    def __exit__(self, *error: object) -> None:
-        self._writer._flying.append((self._raw, self.parts.requests))

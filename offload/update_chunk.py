@@ -96,7 +96,8 @@ class Chunk:
     """One chunk of one unit's state: views into its homes where it has them, else parts of a ring buffer being read.
 
     Args:
-        buffer: uint8, room for all roles and the gradient of CHUNK_ELEMENTS elements.
+        buffer: uint8, room for CHUNK_ELEMENTS elements of the roles that have no home, and of a gradient that waits in
+            the store.
         ahead: roles to read at once; `load` reads what is still missing when the job is known.
     """
 
@@ -114,7 +115,7 @@ class Chunk:
         self._parts: dict[str, Tensor] = {}
         self._in_place: dict[str, int] = {}  # bytes that the update moves in and out of each home
         end = 0
-        for role in [*state.updated_roles, "grad"]:
+        for role in [*state.updated_roles, *(["grad"] if state.gradient_waits else [])]:
             dtype = gradient_dtype if role == "grad" else role_dtype(role, state.dtype)
             home = state.gradient_home if role == "grad" else state.homes.get(role)
             if home is not None:

@@ -86,9 +86,12 @@ def nothing_in_ram(w: Workload, block_slots: int = 2) -> Choice:
 
 def everything_in_ram(w: Workload, block_slots: int = 2) -> Choice:
     """All homes in RAM, activations recomputed."""
-    return Choice(
-        tuple(replace(recompute_all(u, w), weights="cpu", state="cpu", gradient="cpu") for u in w.units), block_slots
-    )
+    return all_in_ram(nothing_in_ram(w, block_slots))
+
+
+def all_in_ram(choice: Choice) -> Choice:
+    """The same with all homes in RAM."""
+    return replace(choice, units=tuple(replace(c, weights="cpu", state="cpu", gradient="cpu") for c in choice.units))
 
 
 def runs(w: Workload, choice: Choice) -> list[tuple[int, UnitChoice, int]]:

@@ -20,7 +20,7 @@ from offload.planner.activation_bytes import (
 )
 from offload.planner.choice import ROLES_OF, Choice, Role, UnitChoice, nothing_in_ram, runs
 from offload.planner.pages import PAGE, round_up
-from offload.planner.plan import TIERS, Buffers, UnitProfile, Workload, ZerothOrder
+from offload.planner.plan import TIERS, Buffers, Plan, UnitProfile, Workload, ZerothOrder
 
 MIB = 1 << 20
 
@@ -29,14 +29,14 @@ STAGING_COUNT = 4
 STAGING_IN_PLACE = (2, 4 * MIB)  # count and bytes (a block of the store) where the store reads into slots and no
 # activations go to it
 CHUNK_ELEMENTS = 2 * MIB  # elements of one optimizer chunk
-CHUNK_BYTES_PER_ELEMENT = 16  # param, master, both moments, gradient
 UPDATE_COUNT = 3  # read ahead, update, write behind
-# What a run's process has beyond its footprint: what planning leaves (30 MiB on one machine, 40 to 65 on another),
-# libraries loaded late (10 MiB more), kernels that oneDNN compiled and their scratch, stacks and heaps of threads, and
-# objects of tape, trace and requests. At the peaks of runs of four families it was 50 to 60 MiB in all.
-PROGRAM_BYTES = 72 * MIB
-# The part of it that is not seen when the engine looks whether a pass still fits: files (20 MiB), and what comes later.
-PROGRAM_LATE = 32 * MIB
+# What a run's process has beyond its footprint: what planning leaves (25 MiB on one machine, 40 to 65 on another, most
+# of which a run uses again), libraries loaded late (15 MiB), kernels that oneDNN compiled and their scratch, stacks and
+# heaps of threads, and objects of tape, trace and requests. Between steps of four families it was 25 to 47 MiB.
+PROGRAM_BYTES = 62 * MIB
+# The part of it that is not seen when the engine looks whether a pass still fits: files (14 to 20 MiB), and what comes
+# later.
+PROGRAM_LATE = 34 * MIB
 STRIPE_BYTES = 8 * MIB  # the store's stripe: each path may hold one more than its exact share
 
 # The traced peak of a unit was compared with the real one (resident memory, its maximum reset before each pass) for
@@ -121,6 +121,20 @@ def store_bytes(unit: UnitProfile, w: Workload) -> int:
     return sum(n if role in once else 2 * n for role, n in home_bytes(unit, w).items())
 
 
+def streamed_bytes(w: Workload, choice: Choice | None = None) -> dict[Role, int]:
+    """Bytes per parameter that an optimizer chunk has to hold of each role: of those that any unit has on NVMe, or
+    without a choice of all. What has a home is updated there."""
+    stored: dict[Role, int] = {
+        "weights": w.itemsize,
+        "state": 8 + (2 if w.dtype == "bfloat16" else 0),
+        "gradient": w.gradient_itemsize if w.clipping else 0,
+    }
+    if choice is None:
+        return stored
+    units = {c for i, c, _ in runs(w, choice) if w.units[i].trainable}
+    return {role: n for role, n in stored.items() if any(c.tier(role) == "nvme" for c in units)}
+
+
 def is_large(unit: UnitProfile, w: Workload) -> bool:
     """Whether the unit is streamed through the "large" slot because a block slot is too small for its weights."""
     return unit.kind != "resident" and unit.trainable + unit.frozen > w.widest_block
@@ -147,7 +161,7 @@ def reserve(w: Workload, block_slots: int = 2, choice: Choice | None = None) -> 
         Buffers("staging", "cpu", *_staging(w, choice)),
         # On a CPU the gradient slots are host memory themselves.
         *([Buffers("landing", "cpu", 1, round_up(most_trainable * w.gradient_itemsize))] if w.device == "cuda" else []),
-        Buffers("update", "cpu", UPDATE_COUNT, CHUNK_BYTES_PER_ELEMENT * chunk),
+        Buffers("update", "cpu", UPDATE_COUNT, max(min(chunk, PAGE), chunk * sum(streamed_bytes(w, choice).values()))),
     ]
     if choice is not None:
         needs = _needs(w, choice)
@@ -323,6 +337,15 @@ def _worst(w: Workload, choice: Choice) -> tuple[int, int]:
             pairs.append((alive, n.backward))
             alive -= count * n.waiting if unit.visits == 1 else 0
     return max(pairs, key=sum, default=(0, FRAMEWORK_FIXED[w.device]))
+
+
+def bare_ram(w: Workload, plan: Plan) -> int:
+    """Bytes of RAM that the plan's buffers and device memory take when no state, gradient or swapped activation has a
+    home there: with this budget everything is streamed."""
+    homes = ("state", "gradient homes", "swapped activations")
+    ring = sum(b.total for b in reserve(w) if b.name == "update")  # for all roles, not only for those on NVMe today
+    sizes = plan.categories["cpu"]
+    return plan.peak_bytes["cpu"] - sum(sizes.get(name, 0) for name in homes) - sizes.get("update", 0) + ring
 
 
 def lower_bound(w: Workload) -> int:

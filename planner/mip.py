@@ -22,6 +22,7 @@ from offload.planner.memory import (
     item_bytes,
     moments,
     store_staging,
+    streamed_bytes,
 )
 from offload.planner.pages import PAGE, round_up
 from offload.planner.placement import ROLES, Problem, top_up
@@ -87,6 +88,7 @@ class _Model:
         ]
         self.plans_activations = p.w.activations == "plan"
         self.groups = self._groups()
+        self._chunks()
         self._objective()
         self._capacities()
 
@@ -174,6 +176,23 @@ class _Model:
                 self.used[tier].append((n, x))
                 if self.w.device == "cpu" and tier == "gpu":
                     self.used["cpu"].append((n, x))
+
+    def _chunks(self) -> None:
+        """The optimizer's chunk buffers hold each role that any trainable unit has on NVMe; the base has them all."""
+        if not self.tiers or self.w.zo:
+            return
+        w, ring = self.w, [b for b in self.p.buffers(self.base) if b.name == "update"]
+        sizes = {role: n for role, n in streamed_bytes(w, self.base).items() if n}
+        groups = [g for g in self.groups if g.unit.trainable]
+        for role, nbytes in sizes.items():
+            stored = self._binary(f"stored_{role}")
+            for g in groups:
+                n = len(g.members)
+                self.problem += n - pulp.lpSum(g.roles[role, t] for t in self.tiers) <= n * stored
+            share = sum(b.total for b in ring) * nbytes // sum(sizes.values())
+            self.used["cpu"].append((share, stored))
+            self.room["cpu"] += share
+        self.room["cpu"] -= sum(b.count for b in ring) * PAGE  # the least there is
 
     def _objective(self) -> None:
         """Write-behind is priced only for a given commit interval ("auto" keeps it under a tenth of the step)."""

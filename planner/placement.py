@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from offload.planner.choice import Choice, Role
+from offload.planner.choice import Choice, Role, all_in_ram
 from offload.planner.memory import item_sizes, peaks, reserve
 from offload.planner.plan import Budgets, Buffers, Hardware, Workload
 from offload.planner.timing import Estimate, estimate, whole_step
@@ -140,6 +140,8 @@ def fillings(p: Problem, base: Choice) -> list[Choice]:
     """`base` with its homes placed in each of the fixed orders, as far as the budgets allow: RAM first and, where there
     is CXL memory, also with the weights in it first."""
     room, found = p.room(base), [base]
+    if min(p.room(everything := all_in_ram(base)).values()) >= 0:  # only then the optimizer needs no chunk buffers
+        found.append(everything)
     for order in orders(p.w):
         found.append(fill(p.w, base, order, room))
         if room["cxl"] > 0:

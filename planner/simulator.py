@@ -1,9 +1,9 @@
 """Event simulation of operations on queues that share resources.
 
 An operation belongs to one queue (a thread of the engine, first in first out), waits for other operations, and takes
-some seconds when it runs alone. Operations that run at the same time share resources: when they ask for more than there
-is of one, all that use it slow down in proportion. Between two events every speed is constant, so the simulation steps
-from one end of an operation to the next.
+some seconds when it runs alone. Operations that run at the same time share resources: when several ask for more than
+there is of one, all that use it slow down in proportion. Between two events every speed is constant, so the simulation
+steps from one end of an operation to the next.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def run(program: Program) -> Timeline:
     of_lane = {lane: program.demands(lane) for lane in set(program.lane)}
     demands = [of_lane[lane] for lane in program.lane]
     left = list(program.seconds)
-    usage = [0.0] * len(program.resources)
+    usage, users = [0.0] * len(program.resources), [0] * len(program.resources)
     running: list[int] = []
     now = 0.0
 
@@ -85,6 +85,7 @@ def run(program: Program) -> Timeline:
                 running.append(op)
                 for r, share in demands[op]:
                     usage[r] += share
+                    users[r] += 1
             else:
                 names += finish(op)
 
@@ -105,7 +106,7 @@ def run(program: Program) -> Timeline:
         for op in running:
             speed = 1.0
             for r, _ in demands[op]:
-                if usage[r] > 1.0 and speed * usage[r] > 1.0:
+                if usage[r] > 1.0 and users[r] > 1 and speed * usage[r] > 1.0:
                     speed = 1.0 / usage[r]
             speeds.append(speed)
             needed = left[op] / speed
@@ -124,6 +125,7 @@ def run(program: Program) -> Timeline:
             left[op] = 0.0
             for r, share in demands[op]:
                 usage[r] -= share
+                users[r] -= 1
         start([name for op in done for name in finish(op)])
     stuck = next((op for op in range(count) if end[op] < 0.0), None)
     if stuck is not None:

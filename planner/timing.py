@@ -22,6 +22,10 @@ from offload.planner.plan import LANES, Hardware, UnitProfile, Workload, ZerothO
 NORMALS_PER_SECOND = {"cpu": 1.2e9, "cuda": 1.6e9}
 WRITE_BEHIND_SHARE = 0.1  # share of a step that writing RAM-resident state behind may take
 
+# Seconds by which a second of a lane's work on device "cpu" (a copy, an update: bound by memory) delays what all cores
+# compute beside it: it has a core, and bandwidth that compute wants too. In steps on two cores of a Zen 5 it was 1.2 to
+# 1.7.
+BESIDE = 1.5
 
 # Bytes that a copy moves while the norm of one element is taken. Norms are summed in torch's order, to the bit, eight
 # floats at a time of which each addition waits for the one before: slower than memory. As measured on a Zen 5.
@@ -281,13 +285,16 @@ def stage_resources(w: Workload, hw: Hardware) -> list[dict[str, float]]:
 
 
 def simulated_resources(w: Workload, hw: Hardware) -> list[dict[str, float]]:
-    """`stage_resources`, and on device "cpu" the core that what the store moves takes: calls, interrupts, checksums of
-    weights; 0.01 to 0.02 seconds per GB were measured, about as a checksum takes.
+    """`stage_resources`, and on device "cpu" two things more: the memory that lanes take from compute beside their core
+    (`BESIDE`), and the core that what the store moves takes: calls, interrupts, checksums of weights; 0.01 to 0.02
+    seconds per GB were measured, about as a checksum takes.
 
-    The estimate leaves that out, because the MIP cannot price what is written behind.
+    The estimate leaves the one out, because it would count it where nothing is computed beside, and the other, because
+    the MIP cannot price what is written behind.
     """
     resources = stage_resources(w, hw)
     if w.device == "cpu":
+        resources += [{"compute": 1.0, lane: BESIDE} for lane in ("h2d", "d2h", "optimizer")]
         rates = {"nvme_read": hw.nvme_read, "nvme_write": hw.nvme_write}
         resources += [{"compute": 1.0, lane: min(1.0, sum_seconds(rate, w, hw))} for lane, rate in rates.items()]
     return resources

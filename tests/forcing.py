@@ -9,6 +9,7 @@ from typing import Any
 
 import reference
 from offload.planner import Buffers, Hardware, Plan
+from offload.planner.memory import reserve
 from torch import nn
 
 import offload
@@ -36,9 +37,11 @@ def forced(
     nvme: int = ROOM,
     staging: int = ROOM,
     kept: int = ROOM,
+    update: int = 0,
 ) -> Plan:
     """The plan with these fractions and this boundary tier for every unit, and room (bytes) for them; and with `homes`
-    (role to tier) for every unit that has the role. The last unit, which the planner keeps, stays as it is.
+    (role to tier) for every unit that has the role, which may take larger chunk buffers than planned (`update`). The
+    last unit, which the planner keeps, stays as it is.
     """
     last = max(i for i, u in enumerate(plan.units) if u.activations["keep"] == 1.0 and u.name != "resident")
     units = []
@@ -57,12 +60,15 @@ def forced(
         Buffers("activations.staging", "gpu", 2, staging),
         Buffers("activations.kept", "gpu", 1, kept),
     ]
+    planned = [b for b in plan.buffers if b.name != "activations.kept"]
+    more = sum(b.count * max(0, update - b.nbytes) for b in planned if b.name == "update")
     categories = {tier: dict(sizes) for tier, sizes in plan.categories.items()}
     for tier, name, nbytes in (
         ("gpu", "activations", kept),
         ("gpu", "swapped activations", 2 * staging),
         ("cpu", "device", kept + 2 * staging),
         ("cpu", "swapped activations", cpu),
+        ("cpu", "update", more),
         ("cxl", "swapped activations", cxl),
         ("nvme", "swapped activations", nvme),
     ):
@@ -75,7 +81,10 @@ def forced(
     return replace(
         plan,
         units=tuple(units),
-        buffers=(*(b for b in plan.buffers if b.name != "activations.kept"), *(b for b in buffers if b.nbytes)),
+        buffers=(
+            *(replace(b, nbytes=max(update, b.nbytes)) if b.name == "update" else b for b in planned),
+            *(b for b in buffers if b.nbytes),
+        ),
         categories=categories,
         peak_bytes={**plan.peak_bytes, **peak},
         layout={**plan.layout, "arena_bytes": end + 2 * staging + kept, "offsets": offsets},
@@ -91,7 +100,8 @@ def prepared(
     w, kept = made.workload, plan.get("kept", ROOM)
     # as if the profile had found that this is what autograd saves
     units = tuple(replace(u, saved=(kept // (len(w.units) * w.micro_batches),)) for u in w.units)
-    return replace(made, plan=forced(made.plan, **plan), workload=replace(w, units=units))
+    update = next(b.nbytes for b in reserve(w) if b.name == "update")
+    return replace(made, plan=forced(made.plan, update=update, **plan), workload=replace(w, units=units))
 
 
 def engine(*arguments: Any, **plan: Any) -> Engine:

@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 from offload.io import Ledger, Store, StorePath, allocate
 from offload.planner import Plan
+from offload.planner.memory import bare_ram
 from warm import Warm, WarmProcess
 
 import offload
@@ -101,9 +102,8 @@ def _without_data(scenario: Scenario, directory: Path, name: str, seed: int) -> 
 def _within_least_ram(scenario: Scenario, config: dict[str, Any]) -> dict[str, Any]:
     """With the smallest `memory.cpu` that fits, if RAM shall have no room for its state, nor for a gradient."""
     if scenario.all_on_nvme:
-        plan = plan_of(config)
-        homes = ("state", "gradient homes")
-        config["memory"]["cpu"] = plan.peak_bytes["cpu"] - sum(plan.categories["cpu"].get(name, 0) for name in homes)
+        prepared = prepare(offload.Config.load(config))
+        config["memory"]["cpu"] = bare_ram(prepared.workload, prepared.plan)
     return config
 
 

@@ -9,6 +9,7 @@ import pytest
 import reference
 import torch
 import zoo
+from offload.planner.memory import bare_ram
 
 import offload
 from offload.data import open_dataset
@@ -37,10 +38,8 @@ def test_two_hundred_steps_equal_the_reference(micro_batches: int, placement: st
         model, batches, ROWS, steps=STEPS, warmup=10, dtype=torch.bfloat16, max_grad_norm=reference.NORM
     )
     if placement == "nvme":
-        plan = offload.engine.prepare(offload.Config.load(cfg), copy.deepcopy(model)).plan
-        categories = plan.categories["cpu"]
-        homes = categories.get("state", 0) + categories.get("gradient homes", 0)
-        cfg["memory"]["cpu"] = plan.peak_bytes["cpu"] - homes
+        made = offload.engine.prepare(offload.Config.load(cfg), copy.deepcopy(model))
+        cfg["memory"]["cpu"] = bare_ram(made.workload, made.plan)
     got = reference.Outcome()
     with offload.wrap(copy.deepcopy(model), cfg) as engine:
         for batch in batches:

@@ -13,6 +13,7 @@ import torch
 import toys
 import zoo
 from offload.io import StoreError
+from offload.planner.memory import bare_ram
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -400,9 +401,8 @@ def test_closing_after_a_failure_keeps_the_commit_under_way_whole(
 def test_a_failing_spill_is_reported_at_once(fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = toys.make()
     path = fast_path / "run"
-    plan = offload.engine.prepare(offload.Config.load(reference.config(path, ROWS, TOTAL)), copy.deepcopy(model)).plan
-    categories = plan.categories["cpu"]
-    budget = plan.peak_bytes["cpu"] - categories.get("state", 0) - categories.get("gradient homes", 0)
+    made = offload.engine.prepare(offload.Config.load(reference.config(path, ROWS, TOTAL)), copy.deepcopy(model))
+    budget = bare_ram(made.workload, made.plan)
     engine = offload.wrap(model, reference.config(path, ROWS, TOTAL, **{"memory.cpu": budget}))
     engine.step(toys.batches(1, TOTAL)[0])
     engine.flush()

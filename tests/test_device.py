@@ -16,6 +16,7 @@ import zoo
 from forcing import MACHINE
 from offload.io import HostBuffer
 from offload.planner import Buffers
+from offload.planner.memory import bare_ram
 from torch import Tensor
 
 import offload
@@ -72,12 +73,11 @@ def test_equal_to_plain_pytorch(clip: float | None, place: str, fast_path: Path,
     want = reference.train(model, batches, ROWS, max_grad_norm=clip)
     changes: dict[str, Any] = {"train.max_grad_norm": clip}
     if place == "nvme":
-        categories = prepare(
+        made = prepare(
             offload.Config.load(reference.config(fast_path / "plan", ROWS, 2 * ROWS, **changes)),
             copy.deepcopy(model), MACHINE,
-        ).plan.categories["cpu"]  # fmt: skip
-        state = ("state", "gradient homes")
-        changes["memory.cpu"] = sum(n for name, n in categories.items() if name not in state)
+        )  # fmt: skip
+        changes["memory.cpu"] = bare_ram(made.workload, made.plan)
     device = Apart()
     with engine_on(device, fast_path / "run", model, 2 * ROWS, monkeypatch, **changes) as engine:
         engine._method._weights._poison = True

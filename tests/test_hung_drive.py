@@ -11,6 +11,7 @@ import reference
 import zoo
 from forcing import MACHINE
 from offload.io import FaultyBackend, IOTimeout
+from offload.planner.memory import bare_ram
 
 import offload
 from offload.engine import Engine, prepare
@@ -23,9 +24,7 @@ def test_a_hung_drive_is_reported_after_the_configured_time(fast_path: Path) -> 
     cfg = reference.config(fast_path / "run", ROWS, ROWS, **{"memory.io_timeout": 1.0, "memory.backend": "threads"})
     config = offload.Config.load(cfg)
     prepared = prepare(config, copy.deepcopy(model), MACHINE)
-    homes = ("state", "gradient homes")
-    room = prepared.plan.peak_bytes["cpu"] - sum(prepared.plan.categories["cpu"].get(name, 0) for name in homes)
-    cfg["memory"]["cpu"] = room
+    cfg["memory"]["cpu"] = bare_ram(prepared.workload, prepared.plan)
     config = offload.Config.load(cfg)
     prepared = prepare(config, copy.deepcopy(model), MACHINE)
     assert {unit.placement["exp_avg"] for unit in prepared.plan.units} == {"nvme"}

@@ -12,6 +12,7 @@ import pytest
 import reference
 import torch
 import zoo
+from offload.planner.memory import bare_ram
 
 import offload
 from offload.engine import prepare
@@ -23,9 +24,8 @@ def run(path: Path, model: Any, batches: list[dict[str, torch.Tensor]], clips: b
     """The outcome, and for each step what compute waited for."""
     cfg = reference.config(path, 1, TOTAL)
     cfg["train"]["max_grad_norm"] = reference.NORM if clips else None
-    plan = prepare(offload.Config.load(cfg), copy.deepcopy(model)).plan
-    categories = plan.categories["cpu"]
-    cfg["memory"]["cpu"] = plan.peak_bytes["cpu"] - categories.get("state", 0) - categories.get("gradient homes", 0)
+    prepared = prepare(offload.Config.load(cfg), copy.deepcopy(model))
+    cfg["memory"]["cpu"] = bare_ram(prepared.workload, prepared.plan)
     got, stalls = reference.Outcome(), []
     with offload.wrap(copy.deepcopy(model), cfg) as engine:
         assert engine.plan.buffer("weights.block").count == 2  # the fewest: every wait for a slot happens

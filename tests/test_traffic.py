@@ -9,6 +9,7 @@ import pytest
 import reference
 import torch
 import zoo
+from offload.planner.memory import bare_ram
 
 import offload
 from offload.engine import prepare
@@ -28,9 +29,8 @@ def test_bytes_per_parameter_and_step(
     model = zoo.make("llama", hidden_size=256, intermediate_size=512, vocab_size=512, head_dim=64)
     cfg = reference.config(fast_path / "run", 1, micro_batches, **{"model.dtype": "bfloat16", "train.steps": STEPS})
     cfg["train"]["max_grad_norm"] = 1.0 if clips else None
-    plan = prepare(offload.Config.load(cfg), model).plan
-    categories = plan.categories["cpu"]
-    cfg["memory"]["cpu"] = plan.peak_bytes["cpu"] - categories.get("state", 0) - categories.get("gradient homes", 0)
+    prepared = prepare(offload.Config.load(cfg), model)
+    cfg["memory"]["cpu"] = bare_ram(prepared.workload, prepared.plan)
     with offload.wrap(model, cfg) as engine:
         parameters = sum(unit.layout.parameters for unit in engine._units)
         before = engine.store.bytes_read, engine.store.bytes_written

@@ -11,6 +11,7 @@ import pytest
 import reference
 import torch
 import zoo
+from offload.planner.memory import bare_ram
 
 import offload
 from offload import full_step
@@ -35,9 +36,8 @@ def test_kept_and_taken_back(dtype: str, micro_batches: int, fast_path: Path, mo
     defer = UpdateStream.defer
     monkeypatch.setattr(UpdateStream, "defer", lambda self, unit, *a: (taken_back.append(unit), defer(self, unit, *a)))
     cfg = reference.config(fast_path / "run", 1, micro_batches, **{"model.dtype": dtype, "train.max_grad_norm": limit})
-    plan = prepare(offload.Config.load(cfg), copy.deepcopy(model)).plan
-    categories = plan.categories["cpu"]
-    cfg["memory"]["cpu"] = plan.peak_bytes["cpu"] - categories.get("state", 0) - categories.get("gradient homes", 0)
+    prepared = prepare(offload.Config.load(cfg), copy.deepcopy(model))
+    cfg["memory"]["cpu"] = bare_ram(prepared.workload, prepared.plan)
     got = reference.Outcome()
     with offload.wrap(copy.deepcopy(model), cfg) as engine:
         engine._method._weights._poison = True
@@ -70,9 +70,8 @@ def test_a_unit_is_not_loaded_while_its_trial_is_undecided(fast_path: Path, monk
     monkeypatch.setattr(full_step.FullStep, "_drain_if_done", drain_slowly)
     model = zoo.make("llama")
     cfg = reference.config(fast_path / "run", 1, 1, **{"train.max_grad_norm": 1e6})
-    plan = prepare(offload.Config.load(cfg), copy.deepcopy(model)).plan
-    categories = plan.categories["cpu"]
-    cfg["memory"]["cpu"] = plan.peak_bytes["cpu"] - categories.get("state", 0) - categories.get("gradient homes", 0)
+    prepared = prepare(offload.Config.load(cfg), copy.deepcopy(model))
+    cfg["memory"]["cpu"] = bare_ram(prepared.workload, prepared.plan)
     with offload.wrap(copy.deepcopy(model), cfg) as engine:
         engine._method._weights._poison = True
         losses = [engine.step(batch).loss for batch in zoo.batches("llama", 2, 1)]
@@ -85,9 +84,8 @@ def test_a_trial_follows_a_few_unclipped_steps(fast_path: Path, monkeypatch: pyt
     deferred: list[int] = []
     defer = UpdateStream.defer
     cfg = reference.config(fast_path / "run", 1, 1, **{"train.max_grad_norm": 1e6})
-    plan = prepare(offload.Config.load(cfg), copy.deepcopy(model)).plan
-    categories = plan.categories["cpu"]
-    cfg["memory"]["cpu"] = plan.peak_bytes["cpu"] - categories.get("state", 0) - categories.get("gradient homes", 0)
+    prepared = prepare(offload.Config.load(cfg), copy.deepcopy(model))
+    cfg["memory"]["cpu"] = bare_ram(prepared.workload, prepared.plan)
     with offload.wrap(copy.deepcopy(model), cfg) as engine:
 
         def noted(self: UpdateStream, *args: Any) -> None:
