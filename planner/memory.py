@@ -36,7 +36,7 @@ UPDATE_COUNT = 3  # read ahead, update, write behind
 PROGRAM_BYTES = 62 * MIB
 # The part of it that is not seen when the engine looks whether a pass still fits: files (14 to 20 MiB), and what comes
 # later.
-PROGRAM_LATE = 34 * MIB
+PROGRAM_LATE = 38 * MIB
 STRIPE_BYTES = 8 * MIB  # the store's stripe: each path may hold one more than its exact share
 
 # The traced peak of a unit was compared with the real one (resident memory, its maximum reset before each pass) for

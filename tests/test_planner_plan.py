@@ -23,7 +23,7 @@ from offload.planner import (
 )
 from offload.planner.activation_bytes import away_bytes, forward_workspace, kept_bytes, saved_room
 from offload.planner.activations import shares
-from offload.planner.choice import Choice, UnitChoice, nothing_in_ram
+from offload.planner.choice import Choice, Role, UnitChoice, all_in_ram, nothing_in_ram
 from offload.planner.memory import FRAMEWORK_FIXED, FRAMEWORK_MARGIN, MIB, moments, peaks
 from offload.planner.prediction import predict
 from offload.planner.timing import whole_step
@@ -210,6 +210,35 @@ def test_buffers_are_those_of_the_widest_unit_of_each_class() -> None:
     tied = {b.name: b for b in reserve(replace(w, units=stack(3, 256, 32000, tied=True), micro_batches=1))}
     assert tied["gradients.held/embedding"].nbytes == 2 * table
     assert "gradients.large" not in tied and tied["weights.large"].nbytes == 2 * table
+
+
+def test_chunk_buffers_hold_the_roles_that_any_unit_has_on_nvme() -> None:
+    """What has a home is updated there; frozen units have nothing to update."""
+    w = Workload(stack(3, 256, 32000), 2, 1, 512, "bfloat16", True, "auto", "cpu")
+    frozen = replace(w.units[0], name="frozen", trainable=0, frozen=64)
+    w = replace(w, units=(frozen, *w.units))
+    far = nothing_in_ram(w)
+    near = replace(all_in_ram(far), units=(far.units[0], *all_in_ram(far).units[1:]))
+
+    def per_element(choice: Choice, w: Workload = w) -> float:
+        ring = next(b for b in reserve(w, 2, choice) if b.name == "update")
+        assert ring.count == 3
+        return ring.nbytes / (2 << 20)
+
+    def with_far(*roles: Role) -> Choice:
+        unit = near.units[2]
+        for role in roles:
+            unit = unit.with_tier(role, "nvme")
+        return replace(near, units=(*near.units[:2], unit, *near.units[3:]))
+
+    assert per_element(far) == 16
+    assert per_element(near) == 4096 / (2 << 20)  # the least there is
+    assert per_element(with_far("weights")) == 2
+    assert per_element(with_far("state")) == 10
+    assert per_element(with_far("gradient")) == 4
+    assert per_element(with_far("weights", "state")) == 12
+    assert per_element(with_far("weights", "state", "gradient"), replace(w, clipping=False)) == 12
+    assert per_element(far, replace(w, dtype="float32", micro_batches=1)) == 16
 
 
 def test_state_goes_to_ram_when_there_is_room_and_commits_are_then_spread() -> None:
