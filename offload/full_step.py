@@ -171,6 +171,7 @@ class FullStep:
 
     def flush(self) -> None:
         """Wait until every queued update is applied and every queued commit is on disk."""
+        self._weights.finish_outdated()
         self._updates.flush()
 
     def abandon(self) -> None:
@@ -233,6 +234,7 @@ class FullStep:
                         run.tape[-1].kept = None  # not the last unit after all: its slot will be refilled
                 if all(unit is None for unit in waiting):
                     if runs[0].training:
+                        self._weights.finish_outdated()
                         self._updates.start_all()  # of units that this forward passed over
                         self._expect_updates()
                     self._drain_if_done(unit, runs)

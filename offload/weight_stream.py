@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -170,6 +170,21 @@ class WeightStream:
             slot = self._where.get(unit.index)
             if slot is not None:
                 slot.outdated = True
+
+    def finish_outdated(self) -> None:
+        """Wait for loads under way of weights that deferred updates are going to replace: an update that starts
+        without a slot may write to the very blocks, or the home, that such a load reads. What a load raises is for
+        compute, if that needs it."""
+        with self._changed:
+            loads = [slot.filled for slot in self._slots if slot.outdated and slot.filled and slot.filling]
+        if loads:
+            with self._trace.stall("weights", "which updates replace"):
+                _, late = wait(loads, self._timeout)
+            if late:
+                raise OffloadError(
+                    f"weights that updates replace were still being loaded after {self._timeout:.0f} s; see the "
+                    "trace's lanes for what holds them, and `offload doctor` for the store's speed"
+                )
 
     def invalidate(self, unit: Unit) -> None:
         """What a slot holds of the unit are not its weights."""

@@ -17,6 +17,8 @@ import toys
 from torch import Tensor
 
 from offload.engine import Engine
+from offload.units import Unit
+from offload.weight_stream import WeightStream
 
 CLIPPED = 1e-3
 
@@ -44,9 +46,10 @@ def batches(name: str, values: list[int]) -> list[dict[str, Tensor]]:
     return made
 
 
-def made(path: Path, model: toys.Toy, tier: str) -> Engine:
+def made(path: Path, model: toys.Toy, tier: str, **changes: Any) -> Engine:
     homes = dict.fromkeys(("param", "exp_avg", "exp_avg_sq", "grad"), tier)
-    return forcing.engine(path / "run", model, 2, 2, {"train.max_grad_norm": CLIPPED}, homes=homes)
+    changes = {"train.max_grad_norm": CLIPPED, **changes}
+    return forcing.engine(path / "run", model, 2, 2, changes, homes=homes)
 
 
 def assert_trains(engine: Engine, model: toys.Toy, given: list[dict[str, Tensor]]) -> None:
@@ -55,6 +58,20 @@ def assert_trains(engine: Engine, model: toys.Toy, given: list[dict[str, Tensor]
     weights = reference.weights(engine)
     assert losses == want.losses
     assert all(torch.equal(weights[name], want.weights[name]) for name in want.weights)
+
+
+def noted_late(stream: WeightStream, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Units, as they come, whose load is under way when backward is over."""
+    late, outdate = list[int](), stream.outdate
+
+    def noted(unit: Unit) -> None:
+        slot = stream._where.get(unit.index)
+        if slot is not None and slot.filling:
+            late.append(unit.index)
+        outdate(unit)
+
+    monkeypatch.setattr(stream, "outdate", noted)
+    return late
 
 
 @pytest.fixture(autouse=True)
@@ -91,22 +108,46 @@ def test_loads_for_visits_that_do_not_come(tier: str, fast_path: Path, monkeypat
     model.embed_tokens.requires_grad_(False)  # the last visit of backward is a block
     with made(fast_path, model, tier) as engine:
         stream = engine._method._weights
-        fill, outdate, late = stream._fill, stream.outdate, []
+        fill, late = stream._fill, noted_late(stream, monkeypatch)
 
         def fill_slowly(*arguments: Any) -> None:
             time.sleep(0.02)
             fill(*arguments)
 
-        def noted(unit: Any) -> None:
-            slot = stream._where.get(unit.index)
-            if slot is not None and slot.filling:
-                late.append(unit.index)
-            outdate(unit)
-
         monkeypatch.setattr(stream, "_fill", fill_slowly)
-        monkeypatch.setattr(stream, "outdate", noted)
         assert_trains(engine, model, batches("loops", [3, 1, 3, 2, 1]))
         assert late
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("loops", "flushes"), [([3, 1, 3, 2, 1], True), ([3, 1, 0, 2, 1], False)])
+def test_updates_wait_for_loads_of_what_they_replace(
+    loops: list[int], flushes: bool, fast_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two commits an update writes to the blocks that hold its unit's weights, and a load that was announced
+    before the end of backward may still read them: at a flush, and after a forward that needs no load behind it."""
+    monkeypatch.setattr(toys, "VOCABULARY", 256)
+    model = toys.make(around=looping)
+    model.lm_head.weight = model.embed_tokens.weight  # one unit, larger than a block: it stays in a slot of its own
+    model.norm.requires_grad_(False)
+    given = batches("loops", loops)
+    want = reference.train(model, given, 2, takes_total=False, max_grad_norm=CLIPPED)
+    losses = []
+    with made(fast_path, model, "nvme", **{"train.commit_every": 10}) as engine:
+        backend, late = engine.store.backend, noted_late(engine._method._weights, monkeypatch)
+        submit = backend.submit
+
+        def submit_late(transfer: Any) -> None:
+            if transfer.kind == "read" and threading.current_thread().name.startswith("h2d"):
+                time.sleep(0.1)  # its blocks are chosen, and their checksums known
+            submit(transfer)
+
+        monkeypatch.setattr(backend, "submit", submit_late)
+        for batch in given:
+            losses.append(engine.step(batch).loss)
+            if flushes:
+                engine.flush()
+    assert losses == want.losses and late
 
 
 def test_deferred_updates_that_are_started_from_two_threads(fast_path: Path) -> None:
