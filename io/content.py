@@ -62,6 +62,35 @@ class Content:
             )
         return np.arange(offset // BLOCK, -(-end // BLOCK))
 
+    def target(self, blocks: npt.NDArray[np.intp]) -> Bytes:
+        """The side that a write of each block goes to: the other one where the current content is committed.
+
+        Raises StoreError when a block has a write under way, and where a committed extent has one side only.
+        """
+        current = self.current[blocks]
+        committed = current == self.committed[blocks]
+        if committed.any() and self.extent.sides == 1:
+            raise StoreError(
+                f"cannot write extent '{self.extent.key}': it has one side, and its content was committed",
+                advice="Give it two sides to change it after the first commit.",
+            )
+        target = np.where(committed, 1 - current, current).astype(np.uint8)
+        pending = self.state[target, blocks] == PENDING
+        if pending.any():
+            raise StoreError(
+                f"cannot write extent '{self.extent.key}', block {int(blocks[pending][0])}: it is still being written: "
+                "wait for the write first"
+            )
+        return target
+
+    def publish(self) -> None:
+        """What was written to other sides becomes current. Raises StoreError, and changes nothing, when a write is
+        under way or has failed."""
+        target = np.where(self.staged, 1 - self.current, self.current).astype(np.uint8)
+        self.refuse(np.arange(self.extent.blocks), target, "publish")
+        self.current[:] = target
+        self.staged[:] = False
+
     def refuse(self, blocks: npt.NDArray[np.intp], sides: Bytes, what: str) -> None:
         """Raise StoreError when a block of `sides` is being written, or its write failed."""
         state = self.state[sides, blocks]

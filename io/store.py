@@ -224,20 +224,7 @@ class Store:
         with self._changed:
             self._check_usable()
             self._wait_for_commit(content, blocks)
-            current = content.current[blocks]
-            committed = current == content.committed[blocks]
-            if committed.any() and content.extent.sides == 1:
-                raise StoreError(
-                    f"cannot write extent '{key}': it has one side, and its content was committed",
-                    advice="Give it two sides to change it after the first commit.",
-                )
-            target = np.where(committed, 1 - current, current).astype(np.uint8)
-            pending = content.state[target, blocks] == PENDING
-            if pending.any():
-                raise StoreError(
-                    f"cannot write extent '{key}', block {int(blocks[pending][0])}: it is still being written: "
-                    "wait for the write first"
-                )
+            target = content.target(blocks)
             found = np.array(given or [0] * len(blocks), np.uint64)
             transfers = []
             for part in parts_of(content, blocks, target):
@@ -248,7 +235,7 @@ class Store:
                 transfer.add_done_callback(self._wear.counter(part.file))
                 transfers.append(transfer)
             content.state[target, blocks] = PENDING
-            content.staged[blocks] = committed
+            content.staged[blocks] = target != content.current[blocks]
 
         def settle(error: StoreError | None) -> None:
             with self._changed:
@@ -263,10 +250,7 @@ class Store:
         content = self._content(key)
         with self._changed:
             self._check_open()
-            target = np.where(content.staged, 1 - content.current, content.current).astype(np.uint8)
-            content.refuse(np.arange(content.extent.blocks), target, "publish")
-            content.current[:] = target
-            content.staged[:] = False
+            content.publish()
 
     def commit(self, meta: dict[str, Any]) -> int:
         """Make the current content of all durable extents, and `meta` (JSON), version + 1; return that number.
