@@ -102,6 +102,7 @@ class GradientStream:
         self._update = update
         self._trace = trace
         self._timeout = timeout
+        self._count = {group: len(buffers) for group, buffers in slots.items()}
         self._free: dict[str, queue.Queue[Tensor]] = {group: queue.Queue() for group in slots}
         for group, buffers in slots.items():
             for buffer in buffers:
@@ -123,10 +124,21 @@ class GradientStream:
                     self._hooks.append(parameter.register_post_accumulate_grad_hook(self._add))
 
     def open(self, unit: Unit) -> None:
-        """Give the unit a slot for its gradient, if it has none yet; waits for a slot that is being drained."""
+        """Give the unit a slot for its gradient, if it has none yet; waits for a slot that is being drained.
+
+        Raises OffloadError when none can come free: all belong to units that backward has not done with.
+        """
         if not unit.trainable or unit.index in self._open:
             return
         group = self._group(unit)
+        holders = [entry.gradient.unit.name for entry in self._open.values() if entry.group == group]
+        if len(holders) == self._count[group]:
+            raise OffloadError(
+                f"no gradient slot is left for {unit.name}: backward has yet to come back to {' and '.join(holders)}, "
+                "because this forward passed through units more often than the one that was planned for, which got "
+                "nothing but tokens. Let the model pass through them as often then too (by its configuration's number "
+                "of loops, say) and start a new run, or let it pass through them less often here"
+            )
         with self._trace.stall("gradient slot", unit.name):
             buffer = self._take(group, unit)
         self._open[unit.index] = _Open(UnitGradient(unit), buffer, group)

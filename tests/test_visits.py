@@ -17,6 +17,7 @@ import toys
 from torch import Tensor
 
 from offload.engine import Engine
+from offload.errors import OffloadError
 from offload.units import Unit
 from offload.weight_stream import WeightStream
 
@@ -148,6 +149,20 @@ def test_updates_wait_for_loads_of_what_they_replace(
             if flushes:
                 engine.flush()
     assert losses == want.losses and late
+
+
+@pytest.mark.timeout(60)
+def test_more_passes_than_were_planned_for(fast_path: Path) -> None:
+    """Each unit's gradient waits for its other pass: there are slots for two units that are passed through once."""
+
+    def around(model: toys.Toy, hidden: Tensor, loops: Tensor | None = None) -> Tensor:
+        return looping(model, hidden, torch.ones(1) if loops is None else loops)
+
+    once, twice = batches("loops", [1, 2])
+    with made(fast_path, toys.make(around=around), "cpu") as engine:
+        engine.step(once)
+        with pytest.raises(OffloadError, match=r"slot is left for layers\.2: .* come back to layers\.4 and layers\.3,"):
+            engine.step(twice)
 
 
 def test_deferred_updates_that_are_started_from_two_threads(fast_path: Path) -> None:
