@@ -24,7 +24,7 @@ from .errors import ChecksumError, IOTimeout, StoreError, StoreFull, StoreLocked
 from .faults import FaultyBackend
 from .ledger import Ledger
 from .libaio import LibaioBackend
-from .manifest import BLOCK, STRIPE, Extent, StorePath
+from .manifest import BLOCK, STRIPE, Extent, StorePath, sync
 from .request import Observer, Priority, Request
 from .scan import NonFiniteError, Scan, copy_and_scan, first_non_finite
 from .scheduling import yield_to_compute
@@ -78,6 +78,7 @@ __all__ = [
     "moving",
     "open_backend",
     "round_up",
+    "sync",
     "used_share",
     "why_not",
     "yield_to_compute",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .directfile import DirectFile
 from .errors import StoreError, StoreFull, StoreLocked, from_os_error
-from .manifest import MANIFEST, TEMPORARY, StorePath, sync_directory, write_durably
+from .manifest import MANIFEST, TEMPORARY, StorePath, sync, write_durably
 
 LOCK = "lock"
 HOME = "home"  # a text file that names the directory with the manifest
@@ -136,7 +136,7 @@ class Directories:
             try:
                 file.fsync()
                 for changed in {directory, *(made.parent for made in self._made)}:
-                    sync_directory(changed)
+                    sync(changed)
             except OSError as error:
                 raise from_os_error(error, "cannot sync", file.path) from error
         return self._data
@@ -192,7 +192,7 @@ class Directories:
         # The manifest first, durably: without it no half-deleted store can be opened.
         if (self.first / MANIFEST).exists():
             (self.first / MANIFEST).unlink()
-            sync_directory(self.first)
+            sync(self.first)
         for directory in self._directories:
             self._clear(directory)
             (directory / LOCK).unlink(missing_ok=True)

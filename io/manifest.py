@@ -280,12 +280,12 @@ def write_durably(path: Path, data: bytes) -> None:
 def put_in_place(directory: Path) -> None:
     """Second half: the new manifest takes the old one's name, durably."""
     os.replace(directory / TEMPORARY, directory / MANIFEST)
-    sync_directory(directory)
+    sync(directory)
 
 
-def sync_directory(directory: Path) -> None:
-    """Make the names in a directory durable."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def sync(path: Path) -> None:
+    """Make a file's bytes, or the names in a directory, durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:

@@ -18,6 +18,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from offload import conversion
 from offload.errors import WeightsError
+from offload.io import sync
 from offload.models import original_config
 from offload.names import base_model_of, is_peft
 from offload.tensor_files import DTYPES, INDEX_FILE, SINGLE_FILE
@@ -100,25 +101,17 @@ def _directory(out: Path) -> Iterator[Path]:
         (partial / _MARKER).touch()
         yield partial
         for file in partial.rglob("*"):
-            _sync(file)
-        _sync(partial)
+            sync(file)
+        sync(partial)
         os.rename(partial, out)
         (out / _MARKER).unlink()  # last: without it, what a kill leaves could not be told from a user's files
-        _sync(out)
-        _sync(out.absolute().parent)
+        sync(out)
+        sync(out.absolute().parent)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError) and error.filename is None:
             raise OSError(error.errno, error.strerror, str(out)) from error
         raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class _Values:

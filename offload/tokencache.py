@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 
 from offload.errors import DataError
+from offload.io import sync
 
 _FLUSH = 1 << 16  # elements buffered by a writer
 
@@ -133,12 +134,12 @@ def _make(
             json.dump(meta, stream)
             stream.flush()
             os.fsync(stream.fileno())
-        _sync_directory(temporary)
+        sync(temporary)
         if _whole(final, dtypes) is None:  # another run may have made the same entry meanwhile
             shutil.rmtree(final, ignore_errors=True)
             os.rename(temporary, final)
         shutil.rmtree(temporary, ignore_errors=True)
-        _sync_directory(cache_dir)
+        sync(cache_dir)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -162,14 +163,6 @@ def _remove_orphans(cache_dir: Path) -> None:
         owner = directory.name.rpartition("-")[2]
         if owner.isdigit() and not psutil.pid_exists(int(owner)):
             shutil.rmtree(directory, ignore_errors=True)
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class TokenWriter:
