@@ -25,7 +25,7 @@ MACHINE = Hardware("desktop", 0, 0, {"bfloat16": 1e14, "float32": 4e13}, 2e10, 2
 def instance(seed: int) -> tuple[Workload, Budgets]:
     """16 to 48 blocks of two to four kinds, with device memory and RAM for a part of what they would like."""
     rng = random.Random(seed)
-    kinds = []
+    kinds = list[dict[str, Any]]()
     for _ in range(rng.randrange(2, 5)):
         parameters, boundary = 64 * rng.randrange(100_000, 3_000_000), 4096 * rng.randrange(500, 16_000)
         saved = tuple(boundary * rng.choice([1, 1, 2, 4]) for _ in range(rng.randrange(6, 16)))

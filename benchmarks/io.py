@@ -124,7 +124,7 @@ def compare(
 ) -> dict[str, Any]:
     """One direction: sweep the peers, then the rounds. Of each peer the best of the sweep take part in all rounds, and
     ours are compared with the one that was fastest there: a single sweep of a drifting disk picks a lucky one."""
-    runs, sweeps = dict(ours), {}
+    runs, sweeps = dict(ours), dict[str, dict[str, Any]]()
     for peer, configurations in (("fio", fios), ("deepspeed", deepspeeds)):
         if configurations:
             chosen, times = fastest(configurations, direction, FINALISTS)

@@ -77,7 +77,7 @@ def bare(backend: Backend, file: DirectFile, buffer: Tensor, unit: int) -> Run:
         size = min(unit, len(buffer) // 2) if direction == "mixed" else unit
         submit = {"read": backend.read, "write": backend.write}
         starts = [
-            lambda kind=kind, at=at: submit[kind](file, at, buffer[at : at + size])  # type: ignore[misc]
+            lambda kind=kind, at=at: submit[kind](file, at, buffer[at : at + size])
             for kind, at in zip(kinds(direction, len(buffer) // size), range(0, len(buffer), size), strict=True)
         ]
         return timed(lambda: windowed(starts))
@@ -92,9 +92,7 @@ def stored(store: Store, buffer: Tensor, unit: int) -> Run:
         size = min(unit, len(buffer) // 2) if direction == "mixed" else unit
         submit = {"read": store.read, "write": store.write}
         starts = [
-            lambda kind=kind, at=at: submit[kind](  # type: ignore[misc]
-                str(at // unit), at % unit, buffer[at : at + size]
-            )
+            lambda kind=kind, at=at: submit[kind](str(at // unit), at % unit, buffer[at : at + size])
             for kind, at in zip(kinds(direction, len(buffer) // size), range(0, len(buffer), size), strict=True)
         ]
         return timed(lambda: windowed(starts))

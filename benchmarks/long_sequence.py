@@ -42,6 +42,7 @@ import offload
 from benchmarks import machine
 from offload.activation_places import Place, Tier
 from offload.engine import Engine, Prepared, prepare
+from offload.full_step import FullStep
 from offload.units import find_units
 
 SEQUENCE = 8192
@@ -76,7 +77,7 @@ def main() -> int:
     return 0 if result["exact"] and result["as_planned"] and result["mix_is_fastest"] else 1
 
 
-def run(directory: Path, shape: dict[str, int], steps: int, slow: float) -> dict[str, Any]:
+def run(directory: Path, shape: dict[str, Any], steps: int, slow: float) -> dict[str, Any]:
     """Plain PyTorch, then the three plans; returns figures (bytes, seconds)."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**shape, use_cache=False))
@@ -208,6 +209,7 @@ def planned(
 
 def slow_down(engine: Engine, rate: float) -> None:
     """Let the scratch file move `rate` bytes per second each way."""
+    assert isinstance(engine._method, FullStep)
     tier: Tier | None = engine._method.activations._tiers.get("nvme")
     if tier is None:
         return

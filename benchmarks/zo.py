@@ -221,7 +221,7 @@ def opt_memory(names: list[str]) -> list[dict[str, Any]]:
 @torch.no_grad()
 def accuracy(run: Path, cfg: offload.Config) -> float:
     """Share of the held-out rows that a run's model answers right."""
-    assert cfg.data is not None
+    assert cfg.data is not None and cfg.train.micro_batch_size != "auto"
     net = AutoModelForCausalLM.from_pretrained(run / "model").eval()
     right = rows = 0
     with open_dataset(
@@ -239,7 +239,7 @@ def accuracy(run: Path, cfg: offload.Config) -> float:
 
 def learning(directory: Path) -> dict[str, Any]:
     """The example's task by forward passes only and by back-propagation: accuracy, and the loss as it went."""
-    found = {}
+    found: dict[str, Any] = {}
     changes: dict[str, list[str]] = {
         "zo": [], "full": ["train.method=full", "zo=null", "train.steps=200", "train.schedule.name=cosine"],
     }  # fmt: skip

@@ -19,6 +19,7 @@ from benchmarks.gpu import ours
 from benchmarks.gpu.case import Case
 from benchmarks.step.plain import micro_batches
 from benchmarks.step.setting import BETAS, EPS, LR, WEIGHT_DECAY
+from offload.full_step import FullStep
 from offload.state import WeightReader
 
 
@@ -33,6 +34,7 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
                               | {"model": {"dtype": case.dtype}})  # fmt: skip
     losses, norms = [], []
     with ours.opened(case, cfg, model) as engine:
+        assert isinstance(engine._method, FullStep)
         engine._method._weights._poison = True
         for step in range(steps):
             result = engine.step(case.batch(step))

@@ -27,7 +27,7 @@ from offload.engine import Engine, Prepared, prepare
 def opened(case: Case, cfg: offload.Config, model: nn.Module | None = None) -> Iterator[Engine]:
     """The engine under the plan that the case asks for. Raises DoesNotFit."""
     if case.sparse:  # the disk has less room than the durable copies would take: only what is written takes any
-        DirectFile.reserve = _extend  # type: ignore[method-assign]
+        DirectFile.reserve = _extend  # type: ignore[assignment]
     prepared = planned(case, cfg, model)
     if case.place == "nvme":
         homes = sum(prepared.plan.categories["cpu"].get(name, 0) for name in ("state", "gradient homes"))
@@ -62,7 +62,7 @@ def swapped(prepared: Prepared, to_nvme: bool) -> Prepared:
     """The run with all inner activations of every block moved out, whatever the planner would choose."""
     w = replace(prepared.workload, activations="plan")
     mix = decide(w, prepared.budgets, prepared.hardware)
-    share = {"keep": 0.0, "recompute": 0.0, "swap_cpu": float(not to_nvme), "swap_nvme": float(to_nvme)}
+    share: dict[str, Any] = {"keep": 0.0, "recompute": 0.0, "swap_cpu": float(not to_nvme), "swap_nvme": float(to_nvme)}
     units = tuple(
         replace(c, **share) if can_choose(u) else c for u, c in zip(w.units, mix.choice.units, strict=True)
     )

@@ -57,7 +57,7 @@ def plain(case: Case, directory: Path) -> tuple[Step, int]:
     """Everything on the device: bfloat16 weights, float32 master and moments, fused AdamW."""
     model = _checkpointed(case.build(case.device, torch.bfloat16))
     weights = list(model.parameters())
-    masters = [nn.Parameter(p.detach().float()) for p in weights]
+    masters: list[Tensor] = [nn.Parameter(p.detach().float()) for p in weights]
     optimizer = torch.optim.AdamW(masters, fused=True, **_HYPER)
 
     def step(batch: dict[str, Tensor]) -> float:

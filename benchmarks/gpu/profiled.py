@@ -62,7 +62,7 @@ def recorded(trace: Trace, directory: Path, profile: bool) -> Iterator[Record]:
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=activities) as profiler:
-        trace.span = span  # type: ignore[method-assign, assignment]
+        trace.span = span  # type: ignore[method-assign]
         try:
             with torch.profiler.record_function(STEP):
                 yield record
