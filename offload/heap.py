@@ -39,6 +39,15 @@ def begin() -> None:
     _footprint = _resident_bytes()
 
 
+def left_by_planning() -> int:
+    """Bytes that planning has left in this process beyond its footprint, once free pages are given back."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is None or not _footprint:
+        return 0
+    trim(0)
+    return max(0, _resident_bytes() - _footprint)
+
+
 @contextmanager
 def in_footprint(most: int) -> Iterator[None]:
     """What the body takes for good is part of every run's footprint, whenever it is loaded: at most `most` bytes, since

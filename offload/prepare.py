@@ -12,7 +12,7 @@ import psutil
 import torch
 from torch import nn
 
-from offload import models, rates
+from offload import heap, models, rates
 from offload.compiled import refuse_without_compilers
 from offload.config import Config
 from offload.device import keep_to_the_plan, optimizer_threads
@@ -21,6 +21,7 @@ from offload.head_loss import HeadLoss, find_head
 from offload.host_tiers import host_tiers, with_rates
 from offload.io import HostTier
 from offload.planner import Budgets, Hardware, Plan, UnitProfile, Workload, ZerothOrder, make_plan, probe
+from offload.planner.memory import PROGRAM_RUN
 from offload.planner.micro_batch import largest_that_pays, noted
 from offload.planner.profile import profile_model
 from offload.planner.timed import timed
@@ -119,6 +120,9 @@ def prepare(cfg: Config, model: nn.Module | None = None, hardware: Hardware | No
         cfg.train.global_batch_size, lambda n: make_plan(workload_of(n), budgets, machine, "greedy")
     )  # fmt: skip
     workload = workload_of(rows)
+    if here and device == "cpu":
+        left = heap.left_by_planning() + PROGRAM_RUN
+        workload = replace(workload, program_bytes=max(workload.program_bytes, left))
     plan = make_plan(workload, budgets, hardware, cfg.planner.solver, cfg.planner.time_limit)
     if "cxl" in tiers:
         plan = replace(plan, notes=(*plan.notes, f"CXL memory: {tiers['cxl'].describe()}"))

@@ -30,10 +30,11 @@ STAGING_IN_PLACE = (2, 4 * MIB)  # count and bytes (a block of the store) where 
 # activations go to it
 CHUNK_ELEMENTS = 2 * MIB  # elements of one optimizer chunk
 UPDATE_COUNT = 3  # read ahead, update, write behind
-# What a run's process has beyond its footprint: what planning leaves (25 MiB on one machine, 40 to 65 on another, most
+# What a run's process has beyond its footprint: what planning leaves (17 MiB on one machine, up to 50 on another, most
 # of which a run uses again), libraries loaded late (15 MiB), kernels that oneDNN compiled and their scratch, stacks and
 # heaps of threads, and objects of tape, trace and requests. Between steps of four families it was 25 to 47 MiB.
-PROGRAM_BYTES = 62 * MIB
+# `Workload.program_bytes` is this at least; the part that is not left by planning is PROGRAM_RUN.
+PROGRAM_RUN = 35 * MIB
 # The part of it that is not seen when the engine looks whether a pass still fits: files (14 to 20 MiB), and what comes
 # later.
 PROGRAM_LATE = 38 * MIB
@@ -47,7 +48,7 @@ STRIPE_BYTES = 8 * MIB  # the store's stripe: each path may hold one more than i
 # - what smaller ones leave free in the heap is kept within HEAP_KEEPS when a pass begins (`offload.heap`); holes of the
 #   pass itself add as much again at most;
 # - oneDNN's caches hold at most KERNEL_CACHE_CAPACITY shapes (ONEDNN_PRIMITIVE_CACHE_CAPACITY, LRU_CACHE_CAPACITY;
-#   without them, experts' ever new shapes grew to 0.9 GB), part of PROGRAM_BYTES.
+#   without them, experts' ever new shapes grew to 0.9 GB), part of the program.
 # CUDA's numbers are not measured yet: the caching allocator rounds blocks up, and cuBLAS keeps a workspace.
 MMAP_THRESHOLD = 4 * MIB
 HEAP_KEEPS = 16 * MIB
@@ -372,7 +373,7 @@ def peaks(
     gpu, cpu, nvme = found["gpu"], found["cpu"], found["nvme"]
     activations, gpu["framework"] = _worst(w, choice)
     gpu["activations"] = gpu.get("activations", 0) + activations
-    cpu["program"] = PROGRAM_BYTES
+    cpu["program"] = w.program_bytes
     needs = _needs(w, choice)
     for tier in ("cpu", "cxl"):
         found[tier]["state"] = sum(n.homes.get(tier, 0) * count for n, _, count in needs)

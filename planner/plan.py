@@ -104,6 +104,9 @@ class ZerothOrder:
     active: float = 1.0
 
 
+PROGRAM_BYTES = 62 << 20  # where a run's process was not looked at: `planner/memory.py` says of what
+
+
 @dataclass(frozen=True)
 class Workload:
     """One optimizer step: `micro_batches` passes of `micro_batch` rows of `sequence_length` tokens through `units`."""
@@ -123,6 +126,7 @@ class Workload:
     zo: ZerothOrder | None = None  # forward passes only; None: back-propagation and AdamW
     logits_bytes: int = 0  # as in `Profile`, at one chunk
     head_chunks: int | Literal["auto"] = "auto"  # parts of a micro-batch's rows for head and loss
+    program_bytes: int = PROGRAM_BYTES  # of RAM: what a run's process takes that is no tensor, beyond its footprint
 
     def __post_init__(self) -> None:
         for name in ("micro_batches", "micro_batch", "sequence_length"):

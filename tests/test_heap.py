@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import os
 import threading
+from pathlib import Path
 
 import pytest
+import reference
+import zoo
+from forcing import MACHINE
 from offload.io import yield_to_compute
 from offload.io.scheduling import NICENESS
-from offload.planner.memory import HEAP_KEEPS, PROGRAM_LATE
+from offload.planner.memory import HEAP_KEEPS, PROGRAM_LATE, PROGRAM_RUN
+from offload.planner.plan import PROGRAM_BYTES
 
+import offload
 from offload import heap
+from offload.engine import prepare
 
 MIB = 1 << 20
 TIGHT, COMING = 100 * MIB, 60 * MIB  # resident when nothing is free, and what a pass may take
@@ -38,6 +45,25 @@ class Process:
         self.free = free
         self.heap.enter(kind, 0, COMING)
         return self.trims
+
+
+def test_what_planning_left_is_planned_with(monkeypatch: pytest.MonkeyPatch, fast_path: Path) -> None:
+    """A process that holds more after units were timed than the constant has room for."""
+    cfg = offload.Config.load(reference.config(fast_path / "run", 1, 1))
+    planned = []
+    for left in (0, 50 * MIB):
+        monkeypatch.setattr(heap, "left_by_planning", lambda left=left: left)
+        plan = prepare(cfg, zoo.make("llama")).plan
+        planned.append(plan.categories["cpu"]["program"])
+    assert planned == [PROGRAM_BYTES, 50 * MIB + PROGRAM_RUN]
+    assert prepare(cfg, zoo.make("llama"), MACHINE).plan.categories["cpu"]["program"] == PROGRAM_BYTES
+
+
+def test_only_what_is_beyond_the_footprint_was_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heap, "_resident_bytes", lambda: 100 * MIB)
+    for footprint, left in ((0, 0), (80 * MIB, 20 * MIB), (120 * MIB, 0)):  # 0: nobody has looked
+        monkeypatch.setattr(heap, "_footprint", footprint)
+        assert heap.left_by_planning() == left
 
 
 def test_the_next_of_a_kind_uses_half_of_what_is_free_again(monkeypatch: pytest.MonkeyPatch) -> None:
