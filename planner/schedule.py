@@ -13,7 +13,7 @@ from offload.planner.choice import Choice, swaps
 from offload.planner.memory import UPDATE_COUNT, is_large, reserve
 from offload.planner.plan import Hardware, UnitProfile, Workload
 from offload.planner.simulator import Program
-from offload.planner.timing import adamw_rate, copy_rates, simulated_resources, sum_seconds, unit_work
+from offload.planner.timing import YIELDING, adamw_rate, copy_rates, simulated_resources, sum_seconds, unit_work
 
 MANY_UNITS = 48  # beyond this, a unit is moved in fewer pieces: the pipeline is long enough to hide the difference
 
@@ -48,7 +48,7 @@ class Builder:
         known = {(i, c): unit_work(w.units[i], c, w, hw) for i, c in dict.fromkeys(pairs)}
         self.work = [known[pair] for pair in pairs]
         self.every = max(1, commit_every)
-        self.program = Program(simulated_resources(w, hw))
+        self.program = Program(simulated_resources(w, hw), YIELDING if w.device == "cpu" else {})
         self.copy_in, self.copy_out = copy_rates(w, hw)
         self.adamw = adamw_rate(w, hw)
         self.pieces = 2 if len(w.units) > MANY_UNITS else 4

@@ -19,6 +19,7 @@ class Program:
     """Operations in the order in which the engine issues them; every list has one entry per operation."""
 
     resources: Sequence[Mapping[str, float]]  # share of each resource that a lane takes
+    yields: Mapping[str, float] = field(default_factory=dict)  # a lane's speed while compute runs, where it is less
     lane: list[str] = field(default_factory=list)
     queue: list[str] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -71,10 +72,12 @@ def run(program: Program) -> Timeline:
     left = list(program.seconds)
     usage, users = [0.0] * len(program.resources), [0] * len(program.resources)
     running: list[int] = []
+    computing = 0  # operations of compute among them
     now = 0.0
 
     def start(names: list[str]) -> None:
         """Begin what stands at the head of these queues and waits for nothing; what takes no time ends at once."""
+        nonlocal computing
         while names:
             line = queues[names.pop()]
             if not line or begin[line[-1]] >= 0.0 or waiting_for[line[-1]]:
@@ -83,6 +86,7 @@ def run(program: Program) -> Timeline:
             begin[op] = now
             if left[op] > 0.0:
                 running.append(op)
+                computing += program.lane[op] == "compute"
                 for r, share in demands[op]:
                     usage[r] += share
                     users[r] += 1
@@ -108,6 +112,8 @@ def run(program: Program) -> Timeline:
             for r, _ in demands[op]:
                 if usage[r] > 1.0 and users[r] > 1 and speed * usage[r] > 1.0:
                     speed = 1.0 / usage[r]
+            if computing and program.lane[op] in program.yields:
+                speed = min(speed, program.yields[program.lane[op]])
             speeds.append(speed)
             needed = left[op] / speed
             if needed < shortest:
@@ -122,6 +128,7 @@ def run(program: Program) -> Timeline:
             done = [min(running, key=lambda op: left[op])]
         for op in done:
             running.remove(op)
+            computing -= program.lane[op] == "compute"
             left[op] = 0.0
             for r, share in demands[op]:
                 usage[r] -= share

@@ -26,6 +26,9 @@ WRITE_BEHIND_SHARE = 0.1  # share of a step that writing RAM-resident state behi
 # compute beside it: it has a core, and bandwidth that compute wants too. In steps on two cores of a Zen 5 it was 1.2 to
 # 1.7.
 BESIDE = 1.5
+# Speed of what the store moves on device "cpu" while compute has all cores: its threads yield to compute
+# (`io/scheduling.py`), so that the drive waits for them. Lanes were busy 1.5 times as long as the drive alone needs.
+YIELDING = {"nvme_read": 0.67, "nvme_write": 0.67}
 
 # Bytes that a copy moves while the norm of one element is taken. Norms are summed in torch's order, to the bit, eight
 # floats at a time of which each addition waits for the one before: slower than memory. As measured on a Zen 5.
