@@ -14,6 +14,7 @@ from torch import Tensor
 
 from offload.adamw import Hyper, Kernel, within
 from offload.device import Device
+from offload.errors import OffloadError
 from offload.io import BlockCheck, BlockSums, Priority, Request, moving
 from offload.state import CHUNK_ELEMENTS, UnitState, role_dtype
 from offload.units import Unit
@@ -98,7 +99,6 @@ class Chunk:
     Args:
         buffer: uint8, room for CHUNK_ELEMENTS elements of the roles that have no home, and of a gradient that waits in
             the store.
-        ahead: roles to read at once; `load` reads what is still missing when the job is known.
     """
 
     def __init__(self, state: UnitState, start: int, buffer: Tensor, gradient_dtype: torch.dtype) -> None:
@@ -128,6 +128,11 @@ class Chunk:
             self._raw[role] = buffer[end : end + nbytes]
             self._parts[role] = self._raw[role][: self._count * dtype.itemsize].view(dtype)
             end += nbytes
+        if end > buffer.numel():
+            raise OffloadError(
+                f"a chunk of {state.unit.name} needs {end} bytes for {', '.join(self._raw)}, its buffer has "
+                f"{buffer.numel()}: the plan's placement and its buffers do not belong together; plan the run again"
+            )
 
     def read(self, roles: list[str]) -> None:
         """Start to read these roles from the store, those that live in RAM or are on their way already excepted.

@@ -45,7 +45,7 @@ class UpdateStream:
 
     Args:
         states: where every unit's state lives.
-        ring: chunk buffers; each holds all roles of one chunk.
+        ring: chunk buffers; each holds of one chunk the roles that any unit has on NVMe.
         gradient_dtype: what gradients are summed in, and kept in while they wait.
         timeout: seconds one chunk may wait for a buffer.
     """

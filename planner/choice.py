@@ -80,7 +80,7 @@ def recompute_all(unit: UnitProfile, w: Workload) -> UnitChoice:
 
 
 def nothing_in_ram(w: Workload, block_slots: int = 2) -> Choice:
-    """The decision that needs the least RAM and device memory."""
+    """The decision that needs the least device memory, and the least RAM of those that stream."""
     return Choice(tuple(recompute_all(u, w) for u in w.units), block_slots)
 
 

@@ -16,7 +16,7 @@ from offload.planner.activations import candidates
 from offload.planner.choice import Choice, UnitChoice, nothing_in_ram
 from offload.planner.layout_arena import arena_layout
 from offload.planner.memory import lower_bound, moments
-from offload.planner.placement import Problem, fillings, top_up
+from offload.planner.placement import Problem, fillings, leanest, top_up
 from offload.planner.plan import Budgets, Hardware, Plan, UnitPlan, UnitProfile, Workload
 from offload.planner.prediction import Prediction, predict
 from offload.planner.suggest import suggestions
@@ -137,9 +137,13 @@ def greedy(p: Problem, known: Choice | None = None) -> Decision:
     """The best greedy candidate: homes in fixed orders, activations swept, or as in the choice that is `known`."""
     bases = candidates(p) if known is None else [nothing_in_ram(p.w, p.block_slots), _without_homes(known, p)]
     short = {c: p.shortage(c) for c in bases}
-    # where nothing fits, what comes nearest is shown and its shortfall told
-    bases = [c for c in bases if short[c] == 0.0] or [min(bases, key=short.__getitem__)]
-    ranked = sorted({c: p.score(c) for base in bases for c in fillings(p, base)}.items(), key=lambda pair: pair[1])
+    found = [c for base in bases if short[base] == 0.0 for c in fillings(p, base)]
+    if not found:  # some fit without chunk buffers, perhaps
+        lean = {c: p.shortage(c) for base in bases for c in leanest(p, base)}
+        found = [c for base in bases for c in (*fillings(p, base), *leanest(p, base)) if p.shortage(c) == 0.0]
+        # where nothing fits, what comes nearest is shown and its shortfall told
+        found = found or [min(lean, key=lean.__getitem__)]
+    ranked = sorted({c: p.score(c) for c in found}.items(), key=lambda pair: pair[1])
     count = max(SIMULATED, SIMULATED_UNITS // max(1, len(p.w.units)))
     return _best(p, [choice for choice, _ in ranked[:count]], "greedy", "feasible")
 
@@ -211,7 +215,9 @@ def _nothing_to_choose(d: Decision) -> bool:
 def fits(w: Workload, budgets: Budgets, hw: Hardware) -> bool:
     """Whether any choice keeps the budgets."""
     p = Problem(w, hw, budgets)
-    return _fits(p, nothing_in_ram(w)) or any(_fits(p, choice) for choice in candidates(p))
+    return any(_fits(p, choice) for choice in leanest(p, nothing_in_ram(w))) or any(
+        _fits(p, choice) for base in candidates(p) for choice in leanest(p, base)
+    )
 
 
 def as_plan(d: Decision, seconds: float) -> Plan:

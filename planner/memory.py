@@ -362,7 +362,7 @@ def lower_bound(w: Workload) -> int:
 def peaks(
     w: Workload, buffers: Collection[Buffers], choice: Choice | None = None, nvme_paths: int = 1
 ) -> dict[str, dict[str, int]]:
-    """Peak bytes by tier and category; without a choice, of the one that needs least.
+    """Peak bytes by tier and category; without a choice, of the one that streams everything.
 
     On device "cpu" the cpu tier has a category "device": everything of the gpu tier, which is then RAM.
     """

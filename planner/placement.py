@@ -136,6 +136,14 @@ def top_up(p: Problem, choice: Choice) -> Choice:
     return replace(choice, units=tuple(units))
 
 
+def leanest(p: Problem, base: Choice) -> Iterator[Choice]:
+    """`base` and what may take less RAM: with homes in CXL memory, or all in RAM, there are no chunk buffers."""
+    yield base
+    if (room := p.room(base)["cxl"]) > 0:
+        yield fill_cxl(p.w, base, next(orders(p.w)), room, ROLES_FOR_CXL)
+    yield all_in_ram(base)
+
+
 def fillings(p: Problem, base: Choice) -> list[Choice]:
     """`base` with its homes placed in each of the fixed orders, as far as the budgets allow: RAM first and, where there
     is CXL memory, also with the weights in it first."""

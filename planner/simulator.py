@@ -70,7 +70,9 @@ def run(program: Program) -> Timeline:
     of_lane = {lane: program.demands(lane) for lane in set(program.lane)}
     demands = [of_lane[lane] for lane in program.lane]
     left = list(program.seconds)
-    usage, users = [0.0] * len(program.resources), [0] * len(program.resources)
+    usage = [0.0] * len(program.resources)
+    # a lane that takes more than all of a resource does so only beside compute
+    beside = [max(shares.values(), default=0.0) > 1.0 for shares in program.resources]
     running: list[int] = []
     computing = 0  # operations of compute among them
     now = 0.0
@@ -89,7 +91,6 @@ def run(program: Program) -> Timeline:
                 computing += program.lane[op] == "compute"
                 for r, share in demands[op]:
                     usage[r] += share
-                    users[r] += 1
             else:
                 names += finish(op)
 
@@ -110,7 +111,7 @@ def run(program: Program) -> Timeline:
         for op in running:
             speed = 1.0
             for r, _ in demands[op]:
-                if usage[r] > 1.0 and users[r] > 1 and speed * usage[r] > 1.0:
+                if usage[r] > 1.0 and (computing or not beside[r]) and speed * usage[r] > 1.0:
                     speed = 1.0 / usage[r]
             if computing and program.lane[op] in program.yields:
                 speed = min(speed, program.yields[program.lane[op]])
@@ -132,7 +133,6 @@ def run(program: Program) -> Timeline:
             left[op] = 0.0
             for r, share in demands[op]:
                 usage[r] -= share
-                users[r] -= 1
         start([name for op in done for name in finish(op)])
     stuck = next((op for op in range(count) if end[op] < 0.0), None)
     if stuck is not None:

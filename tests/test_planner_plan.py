@@ -241,6 +241,24 @@ def test_chunk_buffers_hold_the_roles_that_any_unit_has_on_nvme() -> None:
     assert per_element(far, replace(w, dtype="float32", micro_batches=1)) == 16
 
 
+@pytest.mark.parametrize("where", ["cxl", "cpu"])
+def test_a_run_fits_without_chunk_buffers_where_it_would_not_with_them(where: str) -> None:
+    """All state on a card, or a small model all in RAM: what fits is planned, and what is short is that choice's."""
+    card = 8 * GIB if where == "cxl" else 0
+    w = Workload(stack(1 if where == "cpu" else 4, 256, 512, tied=True), 1, 1, 128, "bfloat16", True, "auto", "cpu")
+    nvme = (("/mnt", 64 * GIB),)
+    streamed = peaks(w, reserve(w), nothing_in_ram(w))["cpu"]
+    roomy = make_plan(w, Budgets(8 * GIB, 8 * GIB, card, nvme), MACHINE, "greedy")
+    least = sum(n for name, n in streamed.items() if name != "update") + 3 * 4096
+    if where == "cpu":
+        least += sum(roomy.categories["cpu"][name] for name in ("state", "gradient homes"))
+    assert least < sum(streamed.values())
+    found = make_plan(w, Budgets(8 * GIB, least, card, nvme), MACHINE)
+    assert found.fits and found.head_chunks <= 1 and found.peak_bytes["cpu"] <= least
+    short = make_plan(w, Budgets(8 * GIB, least - MIB, card, nvme), MACHINE)
+    assert not short.fits and short.shortfall_bytes["cpu"] <= MIB and short.suggestions
+
+
 def test_state_goes_to_ram_when_there_is_room_and_commits_are_then_spread() -> None:
     w = Workload(stack(6, 512, 8000), 2, 1, 512, "bfloat16", True, "auto", "cuda", steps=500)
     nvme = (("/a", 100 * GIB),)

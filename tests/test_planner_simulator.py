@@ -40,6 +40,23 @@ def test_a_queue_is_first_in_first_out_and_waits_for_what_it_needs() -> None:
     assert times.begin[c] == 2.0
 
 
+def test_lanes_cost_compute_more_than_each_other() -> None:
+    """And what yields to compute is slower only beside it."""
+    both = [{"compute": 1.0, "h2d": 1.0}, {"compute": 1.0, "h2d": 1.5}]
+    p = Program(both, {"nvme_read": 0.5})
+    p.add("fill", 0, "fill", "h2d", 1.0)
+    p.add("swap in", 0, "swap in", "h2d", 1.0)
+    assert run(p).end == [2.0, 2.0]  # as one after the other
+    p = Program(both, {"nvme_read": 0.5})
+    p.add("compute", 0, "compute", "compute", 4.0)
+    p.add("fill", 0, "fill", "h2d", 1.0)
+    assert run(p).end == pytest.approx([5.5, 2.5])
+    p = Program([], {"nvme_read": 0.5})
+    p.add("compute", 0, "compute", "compute", 1.0)
+    p.add("read", 0, "read", "nvme_read", 1.0)
+    assert run(p).end == [1.0, 1.5]
+
+
 def test_what_runs_at_once_shares_a_resource() -> None:
     p = Program(CORES)
     p.add("compute", 0, "compute", "compute", 2.0)  # all cores: 1.5 wanted in all, each at two thirds
