@@ -83,7 +83,7 @@ def ratel(layers: int, hidden: int, rows: int, drives: int) -> float:
     base = load_hardware("rtx4090", ssds=drives)
     hw = replace(
         base, nvme_read=base.nvme_read / RATEL_BYTES, nvme_write=base.nvme_write / RATEL_BYTES,
-        adamw_parameters_per_second=RATEL_ADAMW / base.adamw_split_ratio, ram=1.6e11,
+        adamw_parameters_per_second=RATEL_ADAMW / base.adamw_split_ratio, ram=1.6e11, adamw_device=0.0,
     )  # fmt: skip
     p = Problem(w, hw, Budgets(base.gpu_bytes, 700 * GB, 0, (("/ssd", 46 * 10**12),)))
     # All state on the drives and blocks recomputed, as it was run; boundaries go where they fit.
@@ -146,7 +146,8 @@ def memo_rows() -> list[Row]:
         for i in range(30)  # the last two of 32 never swap
     )
     w = Workload(blocks, 1, 1, 1 << 20, "bfloat16", clipping=False, commit_every=1, activations="plan")
-    hw = replace(load_hardware("a100-80g"), h2d=1e12, d2h=1e12)  # eight links, which do not bind
+    # eight links, which do not bind; the optimizer runs on the CPU
+    hw = replace(load_hardware("a100-80g"), h2d=1e12, d2h=1e12, adamw_device=0.0)
     least = Problem(w, hw, Budgets(1 << 60, 1 << 60, 0, (("/ssd", 1 << 50),)))
     everything_away = replace(
         nothing_in_ram(w), units=tuple(replace(u, boundary="cpu") for u in nothing_in_ram(w).units)

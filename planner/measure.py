@@ -29,7 +29,7 @@ from torch import Tensor
 
 SYSTEM_SHARE = 0.10  # of RAM, left to the system ...
 SYSTEM_BYTES = 2 << 30  # ... and at least this much
-_VERSION = 4  # of what is measured and how; part of the cache key
+_VERSION = 5  # of what is measured and how; part of the cache key
 _FILE_BYTES = 256 << 20
 _COPY_BYTES = 64 << 20  # copied within RAM: more than a cache holds, and no more than the smallest runs reserve
 _BLOCK = 8 << 20
@@ -44,13 +44,15 @@ def probe(
     store_paths: Sequence[str | Path] = (),
     refresh: bool = False,
     adamw: Callable[[str], float] | None = None,
+    adamw_device: Callable[[], float] | None = None,
 ) -> Hardware:
     """This machine's `Hardware`, measured now or, unless `refresh`, taken from the cache.
 
     `device` is "cpu" or "cuda". A store path that does not exist is measured at its nearest existing parent; paths on
-    one file system count once. `adamw` measures the run's own optimizer: parameters per second by compute dtype, at the
-    number of threads its lane has; without it torch's fused AdamW
-    is timed. A path that cannot be written counts at a slow drive's rates, and `source` says so.
+    one file system count once. A path that cannot be written counts at a slow drive's rates, and `source` says so.
+    `adamw` measures the run's own optimizer: parameters per second by compute dtype, at the number of threads its lane
+    has; without it torch's fused AdamW is timed. `adamw_device` measures it on a "cuda" device: 0 where the device's
+    bits are not the CPU's; without it it is not offered there. On "cpu" it is not asked: the device's memory is RAM.
     Raises ValueError for "cuda" without a CUDA device.
     """
     if device == "cuda" and not torch.cuda.is_available():
@@ -61,7 +63,7 @@ def probe(
         cached = _load(cache)
         if cached is not None:
             return replace(cached, cpu_bytes=available_ram())
-    measured = _measure(device, drives, adamw)
+    measured = _measure(device, drives, adamw, adamw_device)
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=cache.parent, suffix=".tmp", delete=False) as file:
@@ -172,7 +174,12 @@ def _load(path: Path) -> Hardware | None:
         return None
 
 
-def _measure(device: str, drives: dict[int, Path], adamw: Callable[[str], float] | None) -> Hardware:
+def _measure(
+    device: str,
+    drives: dict[int, Path],
+    adamw: Callable[[str], float] | None,
+    adamw_device: Callable[[], float] | None,
+) -> Hardware:
     source = {key: "measured on this machine" for key in ("matrix_flops", "h2d", "d2h", "ram", "adamw")}
     flops = {name: _matrix_rate(getattr(torch, name), device) for name in ("bfloat16", "float32")}
     with _one_thread():  # as a lane copies
@@ -194,6 +201,9 @@ def _measure(device: str, drives: dict[int, Path], adamw: Callable[[str], float]
         source[f"cxl node {node}"] = f"{nbytes} bytes of memory on a NUMA node without CPUs; its rate is assumed"
     fused = adamw("float32") if adamw else _adamw_rate()
     ratio = adamw("bfloat16") / fused if adamw else SPLIT_RATIO
+    on_device = adamw_device() if adamw_device and device == "cuda" else 0.0
+    if device == "cuda":
+        source["adamw_device"] = "measured on this machine" if on_device else "not offered: not measured, or other bits"
     return Hardware(
         name=torch.cuda.get_device_name() if device == "cuda" else f"this machine ({os.cpu_count()} CPUs)",
         gpu_bytes=torch.cuda.mem_get_info()[0] if device == "cuda" else 0,
@@ -206,6 +216,7 @@ def _measure(device: str, drives: dict[int, Path], adamw: Callable[[str], float]
         nvme_write=writes,
         adamw_parameters_per_second=fused,
         adamw_split_ratio=ratio,
+        adamw_device=on_device,
         link_duplex=link_duplex,
         nvme_duplex=min(together, default=1.0),
         cores=torch.get_num_threads(),

@@ -16,6 +16,7 @@ LANES = ("compute", "h2d", "d2h", "nvme_read", "nvme_write", "optimizer")
 COMPUTE_DTYPES = ("bfloat16", "float32")
 RATES = ("h2d", "d2h", "ram", "nvme_read", "nvme_write", "adamw_parameters_per_second", "adamw_split_ratio", "cxl")
 RATES_TOGETHER = ("link_duplex", "nvme_duplex")
+FROM_ZERO = {"adamw_device": "parameters per second", "cxl_latency": "seconds"}
 SPLIT_RATIO = 0.45  # stock operations, measured on two cores: 0.8 and 1.9 G parameters/s at one thread
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -212,6 +213,7 @@ class Hardware:
     nvme_write: float
     adamw_parameters_per_second: float  # fused float32 AdamW on the CPU
     adamw_split_ratio: float = SPLIT_RATIO  # rate of AdamW on the split bfloat16 state over that
+    adamw_device: float = 0.0  # parameters per second of AdamW on the device, any state; 0: it is not offered there
     link_duplex: float = 2.0  # copies both ways at once, in units of one way's rate: 1 half duplex, 2 full duplex
     nvme_duplex: float = 1.0  # the same for reads and writes; half duplex fits published SSD systems
     cores: int = 2  # threads that compute, copies and the optimizer share on device "cpu"
@@ -233,8 +235,10 @@ class Hardware:
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"hardware {self.name}: {key} is {value!r}; it must be a whole number of bytes from 0")
-        if not isinstance(self.cxl_latency, (int, float)) or not 0 <= self.cxl_latency < math.inf:
-            raise ValueError(f"hardware {self.name}: cxl_latency is {self.cxl_latency!r}; accepted: seconds from 0")
+        for key, unit in FROM_ZERO.items():
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise ValueError(f"hardware {self.name}: {key} is {value!r}; accepted: {unit} from 0")
         if not isinstance(self.matrix_flops, Mapping) or set(self.matrix_flops) != set(COMPUTE_DTYPES):
             raise ValueError(
                 f"hardware {self.name}: matrix_flops is {self.matrix_flops!r}; give {' and '.join(COMPUTE_DTYPES)}"
@@ -304,6 +308,8 @@ class UnitPlan:
     placement["grad"] is the tier where a step's gradient waits for its update: "cpu" or "cxl" (a home there) or "nvme"
     (spilled) when clipping, "gpu" (only ever in its slot) without clipping or without trainable parameters. A
     zeroth-order plan has the roles that are stored, and no gradient.
+    A unit whose state is in "gpu" has all roles there: it is never streamed, and AdamW runs on the device. Its weights
+    and state are in the buffer `state.<unit>`, its gradient when clipping in `gradients.held/<unit>`.
 
     framework: bytes that the framework may take while the unit runs, {"forward", "backward"}, and how much of "forward"
     is room for saved tensors, those of earlier passes on their way out among them ("saved"; none if left out).

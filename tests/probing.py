@@ -23,8 +23,8 @@ def measure_by_file_system(patch: Callable[[Any, str, Any], None] = setattr) -> 
     cached as a user's are, for these two directories.
     """
 
-    def shared(device: str, paths: Sequence[Path], adamw: Callable[[str], float] | None = None) -> Hardware:
-        return probe(device, [_stand_in(path) for path in paths], adamw=adamw)
+    def shared(device: str, paths: Sequence[Path], **optimizers: Callable[..., float]) -> Hardware:
+        return probe(device, [_stand_in(path) for path in paths], **optimizers)
 
     patch(offload.prepare, "probe", shared)
 
