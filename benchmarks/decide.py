@@ -13,8 +13,8 @@ from typing import Any
 from offload.planner import Budgets, Hardware, UnitProfile, Workload
 from offload.planner.choice import nothing_in_ram
 from offload.planner.decide import decide
-from offload.planner.memory import home_bytes
 from offload.planner.placement import Problem
+from offload.planner.unit_bytes import home_bytes
 
 from benchmarks import machine
 

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from offload.io import Ledger, allocate
-from offload.planner.memory import gradient_home, home_bytes, is_large, reserve
+from offload.planner.memory import is_large, reserve
 from offload.planner.plan import UnitProfile, Workload
+from offload.planner.unit_bytes import gradient_home, home_bytes
 
 from benchmarks import machine
 from offload import models

@@ -3,7 +3,7 @@
 from offload.planner.advice import advise
 from offload.planner.decide import make_plan
 from offload.planner.hardware import Hardware, available_ram, load_hardware, preset_names, probe
-from offload.planner.memory import gradient_home, home_bytes, is_large, reserve
+from offload.planner.memory import is_large, reserve
 from offload.planner.plan import (
     Advice,
     Budgets,
@@ -17,6 +17,7 @@ from offload.planner.plan import (
     ZerothOrder,
 )
 from offload.planner.profile import profile_model
+from offload.planner.unit_bytes import gradient_home, home_bytes
 
 __all__ = [
     "Advice",

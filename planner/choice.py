@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
-from offload.planner.plan import UnitProfile, Workload
+from offload.planner.plan import Hardware, UnitProfile, Workload
 
 Role = Literal["weights", "state", "gradient"]
 ROLES_OF: dict[Role, tuple[str, ...]] = {
@@ -20,6 +20,7 @@ ROLES_OF: dict[Role, tuple[str, ...]] = {
 class UnitChoice:
     """One unit: the tier of its weights, of its optimizer state and of its waiting gradient, and its activations.
 
+    All three in "gpu", or none: the unit lives on the device, where AdamW updates it.
     The five shares sum to 1 and mean what `UnitPlan.activations` says; `boundary` is the tier of the unit's outputs.
     """
 
@@ -40,6 +41,11 @@ class UnitChoice:
     def __hash__(self) -> int:  # looked up many times for each time it is made
         return self._hash
 
+    @property
+    def on_device(self) -> bool:
+        """Whether the unit lives on the device."""
+        return self.state == "gpu"
+
     @cached_property
     def swapped(self) -> dict[str, float]:
         """Share of the saved bytes that each tier takes, where it takes any."""
@@ -53,6 +59,17 @@ class UnitChoice:
     def with_tier(self, role: Role, tier: str) -> UnitChoice:
         """The same with `role` in `tier`."""
         return _with_tier(self, role, tier)
+
+
+@lru_cache(1 << 14)
+def to_device(c: UnitChoice) -> UnitChoice:
+    """The same for a unit that lives on the device."""
+    return replace(c, weights="gpu", state="gpu", gradient="gpu")
+
+
+def may_live_on_device(unit: UnitProfile, w: Workload, hw: Hardware) -> bool:
+    """Whether AdamW on the device is offered for the unit."""
+    return hw.adamw_device > 0 and w.zo is None and unit.trainable > 0 and unit.kind != "resident"
 
 
 @lru_cache(1 << 14)
@@ -90,8 +107,18 @@ def everything_in_ram(w: Workload, block_slots: int = 2) -> Choice:
 
 
 def all_in_ram(choice: Choice) -> Choice:
-    """The same with all homes in RAM."""
-    return replace(choice, units=tuple(replace(c, weights="cpu", state="cpu", gradient="cpu") for c in choice.units))
+    """The same with all homes in RAM but those of units that live on the device."""
+    return _homes_in(choice, "cpu")
+
+
+def without_homes(choice: Choice) -> Choice:
+    """The same with all homes on NVMe but those of units that live on the device."""
+    return _homes_in(choice, "nvme")
+
+
+def _homes_in(choice: Choice, tier: str) -> Choice:
+    units = (c if c.on_device else replace(c, weights=tier, state=tier, gradient=tier) for c in choice.units)
+    return replace(choice, units=tuple(units))
 
 
 def runs(w: Workload, choice: Choice) -> list[tuple[int, UnitChoice, int]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from offload.planner.activation_bytes import saved_room
 from offload.planner.activations import candidates
-from offload.planner.choice import Choice, UnitChoice, nothing_in_ram
+from offload.planner.choice import Choice, UnitChoice, nothing_in_ram, without_homes
 from offload.planner.layout_arena import arena_layout
 from offload.planner.memory import lower_bound, moments
 from offload.planner.placement import Problem, fillings, leanest, top_up
@@ -135,7 +135,8 @@ def _pays(more: Decision, best: Decision) -> bool:
 
 def greedy(p: Problem, known: Choice | None = None) -> Decision:
     """The best greedy candidate: homes in fixed orders, activations swept, or as in the choice that is `known`."""
-    bases = candidates(p) if known is None else [nothing_in_ram(p.w, p.block_slots), _without_homes(known, p)]
+    bases = [nothing_in_ram(p.w, p.block_slots)]
+    bases = candidates(p) if known is None else [*bases, replace(without_homes(known), block_slots=p.block_slots)]
     short = {c: p.shortage(c) for c in bases}
     found = [c for base in bases if short[base] == 0.0 for c in fillings(p, base)]
     if not found:  # some fit without chunk buffers, perhaps
@@ -193,13 +194,6 @@ def _slot_counts(w: Workload) -> list[int]:
     while counts[-1] < blocks:
         counts.append(min(blocks, 2 * counts[-1]))
     return [n for n in counts if n <= max(2, blocks)]
-
-
-def _without_homes(choice: Choice, p: Problem) -> Choice:
-    """The choice with everything on NVMe but its activations, in the problem's number of slots."""
-    return Choice(
-        tuple(replace(c, weights="nvme", state="nvme", gradient="nvme") for c in choice.units), p.block_slots
-    )
 
 
 def _fits(p: Problem, choice: Choice) -> bool:

@@ -53,8 +53,9 @@ def step_lifetimes(
         # a unit that keeps its graph runs backward as soon as the loss is there, micro-batch by micro-batch
         return count - 1 if units[i].kept else end - 1 - i
 
-    large = [i for i, u in enumerate(units) if u.trainable and not u.held and is_large(u, w)]
-    small = [i for i, u in enumerate(units) if u.trainable and not u.held and not is_large(u, w)]
+    held = {b.name.partition("/")[2] for b in buffers if b.name.startswith("gradients.held/")}
+    large = [i for i, u in enumerate(units) if u.trainable and u.name not in held and is_large(u, w)]
+    small = [i for i, u in enumerate(units) if u.trainable and u.name not in held and not is_large(u, w)]
     lives: dict[tuple[str, int], Lifetime] = {}
     for b in buffers:
         if b.tier != "gpu":
@@ -62,8 +63,10 @@ def step_lifetimes(
         users = {"gradients.block": small, "gradients.large": large}.get(b.name)
         if users:
             uses = sorted(backward(i) for i in users)
-        elif b.name.startswith("gradients.held/"):  # of a unit that is used last of all, by the head's loss
-            uses = [min(count - 1, backward(index[b.name.partition("/")[2]]))]
+        elif b.name.startswith("gradients.held/"):
+            i = index[b.name.partition("/")[2]]
+            # one that is used last of all, too, by the head's loss, or else one that lives on the device
+            uses = [min(count - 1, backward(i)) if units[i].held else backward(i)]
         else:
             uses = [0]
         for k in range(b.count):

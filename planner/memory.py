@@ -6,7 +6,7 @@ is the traced peak of one micro-batch times `FRAMEWORK_MARGIN`, the one place wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,9 +18,10 @@ from offload.planner.activation_bytes import (
     kept_workspace,
     per_micro_batch_away,
 )
-from offload.planner.choice import ROLES_OF, Choice, Role, UnitChoice, nothing_in_ram, runs
+from offload.planner.choice import Choice, Role, UnitChoice, nothing_in_ram, runs
 from offload.planner.pages import PAGE, round_up
 from offload.planner.plan import TIERS, Buffers, Plan, UnitProfile, Workload, ZerothOrder
+from offload.planner.unit_bytes import gradient_bytes, gradient_home, home_bytes, item_sizes, store_bytes, weight_bytes
 
 MIB = 1 << 20
 
@@ -30,6 +31,9 @@ STAGING_IN_PLACE = (2, 4 * MIB)  # count and bytes (a block of the store) where 
 # activations go to it
 CHUNK_ELEMENTS = 2 * MIB  # elements of one optimizer chunk
 UPDATE_COUNT = 3  # read ahead, update, write behind
+COPIED_BYTES = 4  # per element of a chunk, where state on the device passes through the buffers, one role at a time
+DEVICE_CHUNK = 1 * MIB  # elements that AdamW on a GPU updates at one time, ...
+DEVICE_SCRATCH = 20  # ... and the bytes of intermediate values that it has for each
 # What a run's process has beyond its footprint: what planning leaves (17 MiB on one machine, up to 50 on another, most
 # of which a run uses again), libraries loaded late (15 MiB), kernels that oneDNN compiled and their scratch, stacks and
 # heaps of threads, and objects of tape, trace and requests. Between steps of four families it was 25 to 47 MiB.
@@ -59,69 +63,6 @@ FRAMEWORK_FIXED = {"cpu": 2 * HEAP_KEEPS, "cuda": 64 * MIB}
 ZO_SCRATCH = {"cpu": 16 * MIB, "cuda": 32 * MIB}
 
 
-def weight_bytes(unit: UnitProfile, w: Workload) -> int:
-    """The unit's trainable and frozen weights in the compute dtype; zeroth-order: its slot, any form of them fits."""
-    if w.zo:
-        stored = sum(n for role, n in home_bytes(unit, w).items() if role != "frozen")
-        return max(stored, round_up(unit.trainable * w.itemsize)) + unit.frozen * w.itemsize
-    return (unit.trainable + unit.frozen) * w.itemsize
-
-
-def gradient_bytes(unit: UnitProfile, w: Workload) -> int:
-    """One step's summed gradient of the unit."""
-    return 0 if w.zo else unit.trainable * w.gradient_itemsize
-
-
-def home_bytes(unit: UnitProfile, w: Workload) -> dict[str, int]:
-    """Bytes by role of the unit's state in its home (RAM, or one side of its store extents); each buffer whole pages.
-
-    Roles: param, frozen, master (bfloat16 only: the low half of the float32 value), exp_avg, exp_avg_sq. Zeroth-order
-    runs store what `ZerothOrder.roles` says.
-    """
-    if w.zo:
-        sizes = {role: -(-unit.trainable * nbytes // per) for role, nbytes, per, _ in w.zo.roles}
-        sizes["frozen"] = unit.frozen * w.itemsize
-        return {role: round_up(n) for role, n in sizes.items() if n}
-    sizes = {"param": unit.trainable * w.itemsize, "frozen": unit.frozen * w.itemsize}
-    if w.dtype == "bfloat16":
-        sizes["master"] = unit.trainable * 2
-    sizes["exp_avg"] = sizes["exp_avg_sq"] = unit.trainable * 4
-    return {role: round_up(n) for role, n in sizes.items() if n}
-
-
-def gradient_home(unit: UnitProfile, w: Workload) -> int:
-    """Bytes of the unit's gradient while it waits for the global norm; 0 without clipping."""
-    return round_up(gradient_bytes(unit, w)) if w.clipping else 0
-
-
-def item_bytes(unit: UnitProfile, role: Role, w: Workload) -> int:
-    """Memory that a home of the unit's weights, optimizer state or waiting gradient takes.
-
-    Zeroth-order: all that is stored of a unit travels with its weights, and counts as them.
-    """
-    if role == "gradient":
-        return gradient_home(unit, w)
-    home = home_bytes(unit, w)
-    if w.zo:
-        return sum(home.values()) if role == "weights" else 0
-    return sum(home.get(name, 0) for name in ROLES_OF[role])
-
-
-def item_sizes(w: Workload) -> Sequence[Mapping[Role, int]]:
-    """`item_bytes` of every unit, by role."""
-    if "items" not in w.worked_out:
-        first = {i: {role: item_bytes(w.units[i], role, w) for role in ROLES_OF} for i in set(w.alike)}
-        w.worked_out["items"] = tuple(first[i] for i in w.alike)
-    found: Sequence[Mapping[Role, int]] = w.worked_out["items"]
-    return found
-
-
-def store_bytes(unit: UnitProfile, w: Workload) -> int:
-    """Bytes of the unit's durable extents: two sides of everything that is updated, one of what is frozen."""
-    once = {"frozen"} | {role for role, _, _, written in (w.zo.roles if w.zo else ()) if not written}
-    return sum(n if role in once else 2 * n for role, n in home_bytes(unit, w).items())
-
-
 def streamed_bytes(w: Workload, choice: Choice | None = None) -> dict[Role, int]:
     """Bytes per parameter that an optimizer chunk has to hold of each role: of those that any unit has on NVMe, or
     without a choice of all. What has a home is updated there."""
@@ -136,6 +77,13 @@ def streamed_bytes(w: Workload, choice: Choice | None = None) -> dict[Role, int]
     return {role: n for role, n in stored.items() if any(c.tier(role) == "nvme" for c in units)}
 
 
+def device_home(unit: UnitProfile, w: Workload) -> int:
+    """Bytes on the device of a unit that lives there: its weights as in a slot (trainable ones, then frozen ones), then
+    master (bfloat16 only), exp_avg and exp_avg_sq; each of these begins on a page."""
+    state = sum(n for role, n in home_bytes(unit, w).items() if role not in ("param", "frozen"))
+    return round_up(weight_bytes(unit, w)) + state
+
+
 def is_large(unit: UnitProfile, w: Workload) -> bool:
     """Whether the unit is streamed through the "large" slot because a block slot is too small for its weights."""
     return unit.kind != "resident" and unit.trainable + unit.frozen > w.widest_block
@@ -147,6 +95,8 @@ def reserve(w: Workload, block_slots: int = 2, choice: Choice | None = None) -> 
     weights.block, weights.large, gradients.block, gradients.large, gradients.held/<unit> (one per held unit), resident
     in the gpu tier; staging, landing (cuda only), update in the cpu tier. A unit uses the "large" slots exactly if
     `is_large`.
+    Of each unit that lives on the device state.<unit> (`device_home`), which it has in place of weight slots, and with
+    clipping gradients.held/<unit>; and once update.device (cuda only), the scratch of AdamW there.
     With activations off the device also activations.cpu, .cxl, .nvme (all such bytes alive at once) and
     activations.staging (gpu: the largest (unit, micro-batch) on its way back; one in use, one prefetched). Where the
     device is a CPU, activations.kept (gpu) for the inner activations that stay on it.
@@ -155,14 +105,18 @@ def reserve(w: Workload, block_slots: int = 2, choice: Choice | None = None) -> 
         return _reserve_zeroth_order(w, w.zo, block_slots)
     most_trainable = max((u.trainable for u in w.units), default=0)
     chunk = min(CHUNK_ELEMENTS, round_up(most_trainable))
-    if ("slots", block_slots) not in w.worked_out:
-        w.worked_out["slots", block_slots] = _device_slots(w, block_slots)
+    on_device = frozenset[int]()
+    if choice is not None and any(c.on_device for _, c, _ in runs(w, choice)):
+        on_device = choice.placed("state", "gpu")
+    least = max(min(chunk, PAGE), chunk * COPIED_BYTES if on_device else 0)
+    if ("slots", block_slots, on_device) not in w.worked_out:
+        w.worked_out["slots", block_slots, on_device] = _device_slots(w, block_slots, on_device)
     buffers: list[Buffers] = [
-        *w.worked_out["slots", block_slots],
+        *w.worked_out["slots", block_slots, on_device],
         Buffers("staging", "cpu", *_staging(w, choice)),
         # On a CPU the gradient slots are host memory themselves.
         *([Buffers("landing", "cpu", 1, round_up(most_trainable * w.gradient_itemsize))] if w.device == "cuda" else []),
-        Buffers("update", "cpu", UPDATE_COUNT, max(min(chunk, PAGE), chunk * sum(streamed_bytes(w, choice).values()))),
+        Buffers("update", "cpu", UPDATE_COUNT, max(least, chunk * sum(streamed_bytes(w, choice).values()))),
     ]
     if choice is not None:
         needs = _needs(w, choice)
@@ -177,29 +131,34 @@ def reserve(w: Workload, block_slots: int = 2, choice: Choice | None = None) -> 
     return tuple(b for b in buffers if b.nbytes)
 
 
-def _device_slots(w: Workload, block_slots: int) -> list[Buffers]:
-    """What does not depend on the choice."""
-    streamed = [u for u in w.units if u.kind != "resident"]
-    large = [u for u in streamed if is_large(u, w)]
-    small = [u for u in streamed if not is_large(u, w)]
+def _device_slots(w: Workload, block_slots: int, on_device: frozenset[int]) -> list[Buffers]:
+    """What does not depend on the choice but for the units that live on the device."""
+    there = [u for i, u in enumerate(w.units) if i in on_device]
+    streamed = [u for i, u in enumerate(w.units) if u.kind != "resident" and i not in on_device]
+    held = [u for i, u in enumerate(w.units) if u.kind != "resident" and (u.held or (i in on_device and w.clipping))]
+    unheld = [u for u in (streamed if w.clipping else (*streamed, *there)) if not u.held]
 
-    def widest(units: list[UnitProfile], size: Callable[[UnitProfile, Workload], int]) -> int:
-        return round_up(max((size(u, w) for u in units), default=0))
-
-    def unheld(units: list[UnitProfile]) -> list[UnitProfile]:
-        return [u for u in units if not u.held]
+    def widest(units: list[UnitProfile], size: Callable[[UnitProfile, Workload], int], large: bool) -> int:
+        return round_up(max((size(u, w) for u in units if is_large(u, w) == large), default=0))
 
     resident = sum(
         round_up(weight_bytes(u, w)) + round_up(gradient_bytes(u, w)) for u in w.units if u.kind == "resident"
     )
     return [
-        Buffers("weights.block", "gpu", block_slots, widest(small, weight_bytes)),
-        Buffers("weights.large", "gpu", 1, widest(large, weight_bytes)),
-        Buffers("gradients.block", "gpu", 2, widest(unheld(small), gradient_bytes)),
-        Buffers("gradients.large", "gpu", 1, widest(unheld(large), gradient_bytes)),
-        *(Buffers(f"gradients.held/{u.name}", "gpu", 1, round_up(gradient_bytes(u, w))) for u in streamed if u.held),
+        Buffers("weights.block", "gpu", block_slots, widest(streamed, weight_bytes, False)),
+        Buffers("weights.large", "gpu", 1, widest(streamed, weight_bytes, True)),
+        Buffers("gradients.block", "gpu", 2, widest(unheld, gradient_bytes, False)),
+        Buffers("gradients.large", "gpu", 1, widest(unheld, gradient_bytes, True)),
+        *(Buffers(f"gradients.held/{u.name}", "gpu", 1, round_up(gradient_bytes(u, w))) for u in held),
         Buffers("resident", "gpu", 1, resident),
+        *(Buffers(f"state.{u.name}", "gpu", 1, device_home(u, w)) for u in there),
+        Buffers("update.device", "gpu", 1, device_scratch(w) if there else 0),
     ]
+
+
+def device_scratch(w: Workload) -> int:
+    """Bytes reserved once for AdamW on the device; on a CPU they are the framework's."""
+    return DEVICE_CHUNK * DEVICE_SCRATCH if w.device == "cuda" else 0
 
 
 def _staging(w: Workload, choice: Choice | None) -> tuple[int, int]:

@@ -17,18 +17,13 @@ import pulp
 from offload.planner.activation_bytes import forward_workspace, kept_room, kept_workspace
 from offload.planner.activations import can_choose, shares
 from offload.planner.choice import Choice, Role, UnitChoice, nothing_in_ram
-from offload.planner.memory import (
-    FRAMEWORK_MARGIN,
-    item_bytes,
-    moments,
-    store_staging,
-    streamed_bytes,
-)
+from offload.planner.memory import FRAMEWORK_MARGIN, moments, store_staging, streamed_bytes
 from offload.planner.pages import PAGE, round_up
 from offload.planner.placement import ROLES, Problem, top_up
 from offload.planner.plan import UnitProfile
 from offload.planner.solver import SolverFailed, run
 from offload.planner.timing import Step, lanes, stage_resources, unit_step
+from offload.planner.unit_bytes import item_bytes
 
 GAP = 1e-6
 TOLERANCE = 1e-6  # by which solvers may exceed a constraint

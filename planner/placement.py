@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from offload.planner.choice import Choice, Role, all_in_ram
-from offload.planner.memory import item_sizes, peaks, reserve
+from offload.planner.memory import peaks, reserve
 from offload.planner.plan import Budgets, Buffers, Hardware, Workload
 from offload.planner.timing import Estimate, estimate, whole_step
+from offload.planner.unit_bytes import item_sizes
 
 Item = tuple[int, Role]
 ROLES: tuple[Role, ...] = ("weights", "state", "gradient")

@@ -52,7 +52,7 @@ class Builder:
         self.copy_in, self.copy_out = copy_rates(w, hw)
         self.adamw = adamw_rate(w, hw)
         self.pieces = 2 if len(w.units) > MANY_UNITS else 4
-        counts = {b.name: b.count for b in reserve(w, choice.block_slots)}
+        counts = {b.name: b.count for b in reserve(w, choice.block_slots, choice)}
         self.state = _State(
             [_Slot(g) for g in ("block", "large") for _ in range(counts.get(f"weights.{g}", 0))],
             {g: [()] * counts.get(f"gradients.{g}", 0) for g in ("block", "large")},
@@ -71,6 +71,9 @@ class Builder:
         start = s.begin
         for i in resident:
             start = self._resident(i)
+        if w.clipping and s.begin is not None:
+            for i in sorted(self.choice.placed("state", "gpu")):
+                self._update_there(i, s.begin)
         compute: int | None = None
         slot: _Slot | None = None
         seen: set[int] = set()
@@ -113,6 +116,8 @@ class Builder:
     def _fill(self, i: int, sequence: list[int], at: int, update: bool) -> _Slot:
         """Weights into a slot, unless they are there; with a pending update, piece by piece behind it."""
         s, k, unit = self.state, self.work[i], self.w.units[i]
+        if self.choice.units[i].on_device:
+            return _Slot("own", i, s.updated.get(i))
         held = next((slot for slot in s.slots if slot.unit == i), None)
         updates = update and unit.trainable and s.begin is not None
         if held is not None and not updates:
@@ -198,6 +203,20 @@ class Builder:
             s.written[i] = written
         return last
 
+    def _update_there(self, i: int, after: int | None) -> int:
+        """The update of a unit that lives on the device; its state is copied out for the commits that fall due."""
+        k, s, add, n = self.work[i], self.state, self.program.add, self.pieces
+        update = add("update", i, "compute", "compute", k.device_seconds, [after])
+        s.updated[i] = update
+        for _ in range(n):
+            ring = s.ring[-UPDATE_COUNT] if len(s.ring) >= UPDATE_COUNT else None
+            seconds = k.copied_out / self.every / n / self.copy_out
+            copied = add("copy out", i, "optimizer", "d2h", seconds, [update, ring])
+            seconds = k.behind / self.every / n / self.hw.nvme_write
+            s.written[i] = add("write state", i, "write", "nvme_write", seconds, [copied])
+            s.ring.append(s.written[i])
+        return update
+
     # ---- compute ----
 
     def _forward(self, i: int, at: int, slot: _Slot, after: list[int | None]) -> int:
@@ -248,6 +267,8 @@ class Builder:
         unit = self.w.units[i]
         if unit.kind == "resident" or unit.held or not unit.trainable:
             return None
+        if self.w.clipping and self.choice.units[i].on_device:
+            return None
         return "large" if is_large(unit, self.w) else "block"
 
     def _gradient_slot(self, i: int) -> tuple[int, ...]:
@@ -262,6 +283,9 @@ class Builder:
         k, add, n, w = self.work[i], self.program.add, self.pieces, self.w
         if not w.units[i].trainable:
             return []
+        there = not w.clipping and self.choice.units[i].on_device
+        if there:  # at once; the gradient goes out only for its norm
+            compute = self._update_there(i, compute)
         group = self._gradient_group(i)
         last: list[int] = []
         spilled: list[int] = []
@@ -277,7 +301,7 @@ class Builder:
                 spilled.append(op)
             last = [op]
         release: tuple[int, ...] = (drained[-1],)
-        if not w.clipping:
+        if not w.clipping and not there:
             update = self._update(i, [drained[-1]], (), in_slot=slot is not None, place=slot is not None)
             release = (update,) if update is not None else release
             if slot is not None:  # the update takes the weights from the slot

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 from offload.planner.activation_bytes import away_bytes, kept_bytes
 from offload.planner.choice import Choice, UnitChoice, runs
-from offload.planner.memory import gradient_bytes, home_bytes, item_bytes, weight_bytes
 from offload.planner.plan import LANES, Hardware, UnitProfile, Workload, ZerothOrder
+from offload.planner.unit_bytes import gradient_bytes, home_bytes, item_bytes, weight_bytes
 
 # Standard normals that two CPU cores, or a GPU with torch's own operators, make (offload/zo_noise.py). The first was
 # measured on two cores; the second follows from about 600 bytes of traffic for each at 1 TB/s. Reading the weights and
@@ -48,7 +48,9 @@ class Work:
     state_read: int  # optimizer state from NVMe, without the weights
     state_write: int  # everything an update writes to NVMe
     behind: int  # bytes in RAM that a commit writes
-    updated: int  # parameters
+    copied_out: int  # bytes of it that are on the device, from which a commit copies them first
+    updated: int  # parameters, on the CPU
+    device_seconds: float  # of compute: the update, where the unit lives on the device
     state_cxl: int  # bytes between the optimizer and CXL memory, both ways, weights included
     drain_seconds: float  # of the gradient's way out: copied to the host, its norm taken, copied to its home
     gradient_nvme: int  # bytes spilled, and read again by the update
@@ -103,14 +105,16 @@ def unit_work(unit: UnitProfile, c: UnitChoice, w: Workload, hw: Hardware) -> Wo
         # on a CPU what is kept is copied out of the framework's heap
         forward_seconds=m * forward + (kept_bytes(unit, c, w) / hw.ram if on_cpu else 0.0),
         backward_seconds=m * (backward + again) + accumulate_seconds(unit, w, hw),
-        fill=0 if on_cpu and c.weights == "nvme" else weights,
-        place=unit.trainable * w.itemsize,
+        fill=0 if c.on_device or (on_cpu and c.weights == "nvme") else weights,
+        place=0 if c.on_device else unit.trainable * w.itemsize,
         fill_read=stored if c.weights == "nvme" else 0,
         fill_cxl=stored if c.weights == "cxl" else 0,
         state_read=state if c.state == "nvme" else 0,
         state_write=on_nvme,
         behind=state + updated_weights - on_nvme,
-        updated=unit.trainable,
+        copied_out=state + updated_weights if c.on_device else 0,
+        updated=0 if c.on_device else unit.trainable,
+        device_seconds=unit.trainable / hw.adamw_device if c.on_device else 0.0,
         state_cxl=2 * in_cxl,
         drain_seconds=drain,
         gradient_nvme=gradient if waits and c.gradient == "nvme" else 0,
@@ -148,18 +152,20 @@ class Step:
     forward: Traffic = field(default_factory=Traffic)
     backward: Traffic = field(default_factory=Traffic)
     behind: float = 0.0  # bytes that each commit writes
+    copied_out: float = 0.0  # of them from the device
 
     def add(self, other: Step, factor: float = 1.0) -> None:
         self.forward.add(other.forward, factor)
         self.backward.add(other.backward, factor)
         self.behind += factor * other.behind
+        self.copied_out += factor * other.copied_out
 
 
 def unit_step(unit: UnitProfile, c: UnitChoice, w: Workload, hw: Hardware) -> Step:
     """One unit's share of a step, added up by stage.
 
-    With clipping the update runs at the next forward's fill, whose weights are then the update's; else in backward,
-    where it takes them from the device slot.
+    With clipping the update runs at the next forward's fill, whose weights are then the update's, or on the device
+    before it; else in backward, where it takes them from the device slot.
     """
     if w.zo:
         return _zeroth_order_step(unit, c, w, w.zo, hw)
@@ -185,6 +191,7 @@ def unit_step(unit: UnitProfile, c: UnitChoice, w: Workload, hw: Hardware) -> St
         cxl=k.fill_cxl * again + k.out_cxl,
     )
     update = step.forward if w.clipping else step.backward
+    update.compute += k.device_seconds
     update.updated = k.updated
     update.summed = k.summed
     update.nvme_read += k.state_read + k.gradient_nvme
@@ -192,7 +199,7 @@ def unit_step(unit: UnitProfile, c: UnitChoice, w: Workload, hw: Hardware) -> St
     update.cxl += k.state_cxl + k.gradient_cxl
     step.backward.nvme_write += k.gradient_nvme
     step.backward.cxl += k.gradient_cxl
-    step.behind = k.behind
+    step.behind, step.copied_out = k.behind, k.copied_out
     return step
 
 
@@ -333,10 +340,12 @@ def estimate(w: Workload, hw: Hardware, step: Step) -> Estimate:
     stages = (step.forward,) if w.zo else (step.forward, step.backward)
     every = commit_interval(w, hw, step.behind, sum(stage_seconds(t, w, hw) for t in stages))
     behind = step.behind / every / len(stages)
+    copied_out = step.copied_out / every / len(stages)
     total = 0.0
     for stage in stages:
         full = Traffic(**vars(stage))
         full.nvme_write += behind
+        full.d2h += copied_out
         total += stage_seconds(full, w, hw)
     nvme_bytes = len(stages) * behind + sum(t.nvme_read + t.nvme_write for t in stages)
     return Estimate(total, every, nvme_bytes)

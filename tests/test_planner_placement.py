@@ -15,10 +15,10 @@ from offload.planner import Budgets, Hardware, UnitProfile, Workload, make_plan
 from offload.planner.activations import can_choose
 from offload.planner.choice import Choice, nothing_in_ram
 from offload.planner.decide import decide, greedy
-from offload.planner.memory import item_bytes
 from offload.planner.mip import solve
 from offload.planner.placement import ROLES, Problem
 from offload.planner.solver import SolverFailed
+from offload.planner.unit_bytes import item_bytes
 
 GIB = 1 << 30
 MACHINE = Hardware("test", 0, 0, {"bfloat16": 1e13, "float32": 1e13}, 2e10, 2e10, 1e10, 2e9, 1e9, 2e9)
