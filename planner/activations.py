@@ -124,11 +124,25 @@ def _kept(w: Workload, base: Choice, micro_batches: float) -> Choice:
     return replace(base, units=tuple(units))
 
 
+def refitted(p: Problem, choice: Choice) -> Choice:
+    """The choice, or where it does not fit with no more kept on the device than there is room for beside the rest."""
+    if p.w.activations == "recompute" or not _short(p, choice):
+        return choice
+    units = zip(p.w.units, choice.units, strict=True)
+    bare = replace(choice, units=tuple(shares(c, p.w, 0.0, c.swapped) if can_choose(u) else c for u, c in units))
+    return bare if _short(p, bare) else _kept(p.w, bare, _most_kept(p, bare))
+
+
+def _short(p: Problem, choice: Choice) -> bool:
+    """Whether the device's memory is short, or RAM where that is the same."""
+    room = p.room(choice)
+    return room["gpu"] < 0 or (p.w.device == "cpu" and room["cpu"] < 0)
+
+
 def _most_kept(p: Problem, base: Choice) -> float:
     """The most micro-batches that can be kept beside `base` within the device's and RAM's budget."""
     def fits(count: int) -> bool:
-        room = p.room(_kept(p.w, base, count))
-        return room["gpu"] >= 0 and (p.w.device != "cpu" or room["cpu"] >= 0)
+        return not _short(p, _kept(p.w, base, count))
 
     few, many = 0, p.w.micro_batches * sum(can_choose(u) for u in p.w.units)
     if fits(many):

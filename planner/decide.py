@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from offload.planner.activation_bytes import saved_room
 from offload.planner.activations import candidates
 from offload.planner.choice import Choice, UnitChoice, nothing_in_ram, without_homes
+from offload.planner.device_homes import offered, with_units_there
 from offload.planner.layout_arena import arena_layout
 from offload.planner.memory import lower_bound, moments
 from offload.planner.placement import Problem, fillings, leanest, top_up
@@ -108,6 +109,7 @@ class Decision:
 def decide(w: Workload, budgets: Budgets, hw: Hardware, solver: str = "auto", time_limit: float = 10.0) -> Decision:
     """The fastest choice within the budgets, with the fewest slots that reach it; where nothing fits, the nearest."""
     best: Decision | None = None
+    fewest: Decision | None = None
     for slots in _slot_counts(w):
         p = Problem(w, hw, budgets, slots)
         found = greedy(p, best.choice if best and slots > MANY_SLOTS else None)
@@ -115,7 +117,10 @@ def decide(w: Workload, budgets: Budgets, hw: Hardware, solver: str = "auto", ti
             break
         if best is None or _pays(found, best):
             best = found
-    assert best is not None
+        fewest = fewest or found
+    assert best is not None and fewest is not None
+    if offered(best.problem, best.choice) and _fits(best.problem, best.choice):
+        best = _with_units_on_device(best, fewest)
     if solver == "greedy" or not _fits(best.problem, best.choice):
         return best
     if _nothing_to_choose(best):
@@ -145,8 +150,12 @@ def greedy(p: Problem, known: Choice | None = None) -> Decision:
         # where nothing fits, what comes nearest is shown and its shortfall told
         found = found or [min(lean, key=lean.__getitem__)]
     ranked = sorted({c: p.score(c) for c in found}.items(), key=lambda pair: pair[1])
-    count = max(SIMULATED, SIMULATED_UNITS // max(1, len(p.w.units)))
-    return _best(p, [choice for choice, _ in ranked[:count]], "greedy", "feasible")
+    return _best(p, [choice for choice, _ in ranked[: _simulated(p.w)]], "greedy", "feasible")
+
+
+def _simulated(w: Workload) -> int:
+    """How many candidates the simulator judges."""
+    return max(SIMULATED, SIMULATED_UNITS // max(1, len(w.units)))
 
 
 def _best(
@@ -161,6 +170,26 @@ def _best(
     few = (1 + WORTH) * min(d.prediction.nvme_bytes for d in fast)
     mild = [d for d in fast if d.prediction.nvme_bytes <= few]
     return min(mild, key=lambda d: (p.misplaced(d.choice), d.prediction.nvme_bytes, d.prediction.step_seconds))
+
+
+def _with_units_on_device(best: Decision, fewest: Decision) -> Decision:
+    """`best` with units on the device where that pays; also looked for with the `fewest` slots, which leave it room."""
+    found = _moved_to_device(best)
+    if fewest is best:
+        return found
+    other = _moved_to_device(fewest)
+    return found if other is fewest or _pays(found, other) else other
+
+
+def _moved_to_device(d: Decision) -> Decision:
+    """The decision, or a faster one with units on the device, or one as fast that spares the drive."""
+    p = d.problem
+    ranked = sorted(with_units_there(p, d.choice), key=p.score)
+    if not ranked:
+        return d
+    found = _best(p, [d.choice, *ranked[: _simulated(p.w)]], d.solver, d.status, d.prediction.step_seconds)
+    faster = found.prediction.step_seconds < PAYS * d.prediction.step_seconds
+    return found if faster or (1 + WORTH) * found.prediction.nvme_bytes < d.prediction.nvme_bytes else d
 
 
 def _improved(best: Decision, time_limit: float) -> Decision:
@@ -201,7 +230,9 @@ def _fits(p: Problem, choice: Choice) -> bool:
 
 
 def _nothing_to_choose(d: Decision) -> bool:
-    homes = all(c.weights == c.state == c.gradient == "cpu" for c in d.choice.units)
+    if offered(d.problem, d.choice) and PAYS * d.prediction.step_seconds > d.prediction.lane_seconds["compute"]:
+        return False
+    homes = all(c.on_device or c.weights == c.state == c.gradient == "cpu" for c in d.choice.units)
     busy = all(c.recompute == 0.0 or u.saved_bytes == 0 for u, c in zip(d.problem.w.units, d.choice.units, strict=True))
     return homes and (d.problem.w.activations == "recompute" or busy)
 
