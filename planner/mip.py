@@ -1,10 +1,10 @@
 """The decision as a mixed-integer program through PuLP (HiGHS if importable, else CBC).
 
 Units that cost and save the same are one group, solved by counts, so that 80 equal blocks cost what one does.
-Variables of a group: how many units have each role in each tier, how many boundaries wait in each tier, how many
-(unit, micro-batch) pairs are recomputed (whole), kept and swapped (continuous: rows). The objective is the two-stage
-estimate: each stage lasts as long as its busiest resource. Bytes are in units of the budget, seconds in units of the
-worst step: raw numbers break the solvers.
+Variables of a group: how many units have each role in each tier, how many live on the device, how many boundaries wait
+in each tier, how many (unit, micro-batch) pairs are recomputed (whole), kept and swapped (continuous: rows). The
+objective is the two-stage estimate: each stage lasts as long as its busiest resource. Bytes are in units of the budget,
+seconds in units of the worst step: raw numbers break the solvers.
 """
 
 from __future__ import annotations
@@ -16,17 +16,27 @@ from typing import Any
 import pulp
 from offload.planner.activation_bytes import forward_workspace, kept_room, kept_workspace
 from offload.planner.activations import can_choose, shares
-from offload.planner.choice import Choice, Role, UnitChoice, nothing_in_ram
-from offload.planner.memory import FRAMEWORK_MARGIN, moments, store_staging, streamed_bytes
+from offload.planner.choice import Choice, Role, UnitChoice, may_live_on_device, nothing_in_ram, to_device
+from offload.planner.memory import (
+    COPIED_BYTES,
+    FRAMEWORK_MARGIN,
+    device_home,
+    device_scratch,
+    is_large,
+    moments,
+    store_staging,
+    streamed_bytes,
+)
 from offload.planner.pages import PAGE, round_up
 from offload.planner.placement import ROLES, Problem, top_up
 from offload.planner.plan import UnitProfile
 from offload.planner.solver import SolverFailed, run
-from offload.planner.timing import Step, lanes, stage_resources, unit_step
-from offload.planner.unit_bytes import item_bytes
+from offload.planner.timing import Step, copy_rates, lanes, stage_resources, unit_step
+from offload.planner.unit_bytes import gradient_bytes, gradient_home, item_bytes, weight_bytes
 
 GAP = 1e-6
 TOLERANCE = 1e-6  # by which solvers may exceed a constraint
+NOTHING = 1e-9  # of a micro-batch: what a solver leaves where it means 0
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,7 @@ class _Group:
     unit: UnitProfile
     roles: dict[tuple[Role, str], Any]  # (role, tier): units that have it there
     boundaries: dict[str, Any]
+    there: Any = None  # units on the device, where that is offered
     kept: Any = 0  # of micro-batches of all members
     recomputed: Any = 0
     swapped: dict[str, Any] | None = None
@@ -77,12 +88,14 @@ class _Model:
         self.room = p.room(self.base)
         self.used: dict[str, list[Any]] = {tier: [] for tier in ("gpu", "cpu", "cxl", "nvme")}
         self.loads: dict[tuple[str, str], list[Any]] = {}  # (stage, lane): seconds
-        self.behind: list[Any] = []
+        self.behind: dict[str, list[Any]] = {"nvme_write": [], "d2h": []}  # seconds of each commit
         self.base_steps = [
             unit_step(u, c, p.w, p.hw) for u, c in zip(p.w.units, self.base.units, strict=True)
         ]
         self.plans_activations = p.w.activations == "plan"
         self.groups = self._groups()
+        self.any_there = self._any_there()
+        self._slots()
         self._chunks()
         self._objective()
         self._capacities()
@@ -107,8 +120,13 @@ class _Model:
             for tier in self.tiers:
                 x = group.roles[role, tier] = add(f"{role}_{tier}_{number}", 0, n, "Integer")
                 self._count(x, unit, c, c.with_tier(role, tier), {tier: item_bytes(unit, role, w)})
-            if len(self.tiers) > 1:
-                self.problem += pulp.lpSum(group.roles[role, t] for t in self.tiers) <= n
+        if may_live_on_device(unit, w, self.p.hw):
+            group.there = add(f"there_{number}", 0, n, "Integer")
+            waits = 0 if unit.held else gradient_home(unit, w)
+            self._count(group.there, unit, c, to_device(c), {"gpu": device_home(unit, w) + waits})
+        for role in ROLES if len(self.tiers) > 1 or group.there is not None else ():
+            if placed := [group.roles[role, t] for t in self.tiers if (role, t) in group.roles]:
+                self.problem += pulp.lpSum(placed) <= n - (0 if group.there is None else group.there)
         if not self.plans_activations:
             return group
         if unit.boundary_bytes and unit.kind != "resident":
@@ -165,12 +183,60 @@ class _Model:
                 if seconds:
                     self.loads.setdefault((stage, lane), []).append(seconds * x)
         if change.behind:
-            self.behind.append(change.behind * x)
+            self.behind["nvme_write"].append(change.behind / self.p.hw.nvme_write * x)
+        if change.copied_out:
+            self.behind["d2h"].append(change.copied_out / copy_rates(self.w, self.p.hw)[1] * x)
         for tier, n in nbytes.items():
-            if n:
-                self.used[tier].append((n, x))
-                if self.w.device == "cpu" and tier == "gpu":
-                    self.used["cpu"].append((n, x))
+            self._take(tier, n, x)
+
+    def _take(self, tier: str, n: int, x: Any) -> None:
+        """One of `x` takes `n` bytes of the tier."""
+        if n:
+            self.used[tier].append((n, x))
+            if self.w.device == "cpu" and tier == "gpu":
+                self.used["cpu"].append((n, x))
+
+    def _any_there(self) -> Any:
+        """Whether any unit lives on the device; None where that is not offered."""
+        found = [g for g in self.groups if g.there is not None]
+        if not found:
+            return None
+        there = self._binary("any_there")
+        self.problem += pulp.lpSum(g.there for g in found) <= sum(len(g.members) for g in found) * there
+        self._take("gpu", device_scratch(self.w), there)
+        return there
+
+    def _slots(self) -> None:
+        """Slots are as large as the largest of those units that do not live on the device; the base has them all.
+
+        Of each size a binary says whether a slot of it is needed, and so every smaller one.
+        """
+        w = self.w
+        if self.any_there is None:
+            return
+        sizes = {"weights": weight_bytes, "gradients": gradient_bytes}
+        for b in self.p.buffers(self.base):
+            what, _, kind = b.name.partition(".")
+            if what not in sizes or kind not in ("block", "large") or (what == "gradients" and not w.clipping):
+                continue
+            users: dict[int, list[_Group]] = {}
+            for g in self.groups:
+                waits = what == "gradients" and g.unit.held  # in a buffer of its own
+                if g.unit.kind != "resident" and is_large(g.unit, w) == (kind == "large") and not waits:
+                    users.setdefault(round_up(sizes[what](g.unit, w)), []).append(g)
+            larger: Any = 0
+            widest = sorted((n for n in users if n), reverse=True)
+            for n, smaller in zip(widest, [*widest[1:], 0], strict=True):
+                if any(g.there is None for g in users[n]):
+                    break
+                needed = self._binary(f"slot_{what}_{kind}_{n}")
+                for g in users[n]:
+                    self.problem += len(g.members) - g.there <= len(g.members) * needed
+                self.problem += needed >= larger
+                self._take("gpu", b.count * (n - smaller), needed)
+                for tier in ("gpu", "cpu") if w.device == "cpu" else ("gpu",):
+                    self.room[tier] += b.count * (n - smaller)
+                larger = needed
 
     def _chunks(self) -> None:
         """The optimizer's chunk buffers hold each role that any trainable unit has on NVMe; the base has them all."""
@@ -179,14 +245,21 @@ class _Model:
         w, ring = self.w, [b for b in self.p.buffers(self.base) if b.name == "update"]
         sizes = {role: n for role, n in streamed_bytes(w, self.base).items() if n}
         groups = [g for g in self.groups if g.unit.trainable]
+        whole, taken = sum(b.total for b in ring), []
         for role, nbytes in sizes.items():
             stored = self._binary(f"stored_{role}")
             for g in groups:
                 n = len(g.members)
-                self.problem += n - pulp.lpSum(g.roles[role, t] for t in self.tiers) <= n * stored
-            share = sum(b.total for b in ring) * nbytes // sum(sizes.values())
-            self.used["cpu"].append((share, stored))
-            self.room["cpu"] += share
+                elsewhere = [g.roles[role, t] for t in self.tiers] + ([] if g.there is None else [g.there])
+                self.problem += n - pulp.lpSum(elsewhere) <= n * stored
+            taken.append((whole * nbytes // sum(sizes.values()), stored))
+            self.room["cpu"] += taken[-1][0]
+        if self.any_there is not None and whole:  # state on the device is copied through them, one role at a time
+            share = self.problem.add_variable("chunks", 0, 1)
+            self.problem += whole * share >= pulp.lpSum(n * stored for n, stored in taken)
+            self.problem += share >= COPIED_BYTES / sum(sizes.values()) * self.any_there
+            taken = [(whole, share)]
+        self.used["cpu"] += taken
         self.room["cpu"] -= sum(b.count for b in ring) * PAGE  # the least there is
 
     def _objective(self) -> None:
@@ -196,9 +269,10 @@ class _Model:
         for step in self.base_steps:
             base.add(step)
         scale = p.estimate(self.base).step_seconds or 1.0
-        behind: Any = 0.0
+        behind: dict[str, Any] = {}
         if p.w.commit_every != "auto":
-            behind = 0.5 / p.w.commit_every / p.hw.nvme_write * pulp.lpSum([base.behind, *self.behind])
+            self.behind["nvme_write"].append(base.behind / p.hw.nvme_write)
+            behind = {lane: 0.5 / p.w.commit_every * pulp.lpSum(terms) for lane, terms in self.behind.items()}
         stages = {name: self.problem.add_variable(f"seconds_{name}", 0) for name in ("forward", "backward")}
         for stage, longest in stages.items():
             fixed = lanes(getattr(base, stage), p.w, p.hw)
@@ -207,8 +281,8 @@ class _Model:
                 for lane, share in shares_of.items():
                     load.append(share * fixed[lane] / scale)
                     load += [share / scale * term for term in self.loads.get((stage, lane), [])]
-                    if lane == "nvme_write" and p.w.commit_every != "auto":
-                        load.append(share / scale * behind)
+                    if lane in behind:
+                        load.append(share / scale * behind[lane])
                 self.problem += longest >= pulp.lpSum(load)
         self.problem.setObjective(pulp.lpSum(stages.values()))
 
@@ -288,14 +362,20 @@ class _Model:
         for g in self.groups:
             for (role, tier), x in g.roles.items():
                 x.setInitialValue(sum(start.units[i].tier(role) == tier for i in g.members))
+            if g.there is not None:
+                g.there.setInitialValue(sum(start.units[i].on_device for i in g.members))
 
     def choice(self) -> Choice:
-        """The solved counts as a choice: of each group the last units first; what is recomputed is spread evenly among
-        what is swapped, so that transfers always have compute beside them."""
+        """The solved counts as a choice: of each group the last units first, but on the device the first, whose updates
+        nothing hides; what is recomputed is spread evenly among what is swapped, so that transfers always have compute
+        beside them."""
         units = list(self.base.units)
         m = self.w.micro_batches
         for g in self.groups:
             last_first = sorted(g.members, reverse=True)
+            there = 0 if g.there is None else round(g.there.value() or 0)
+            for i in sorted(g.members)[:there]:
+                units[i] = to_device(units[i])
             for role in ROLES:
                 at = 0
                 for tier in self.tiers:
@@ -315,6 +395,7 @@ class _Model:
                 continue
             kept = float(g.kept.value() or 0)
             away = {tier: float(x.value() or 0) for tier, x in g.swapped.items()}
+            away = {tier: x if x > NOTHING else 0.0 for tier, x in away.items()}
             again = round(g.recomputed.value() or 0) / max(1e-9, len(g.members) * m - kept)  # of what is not kept
             due = 0.0
             for i in last_first:

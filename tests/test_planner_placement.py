@@ -13,12 +13,13 @@ import pulp
 import pytest
 from offload.planner import Budgets, Hardware, UnitProfile, Workload, make_plan
 from offload.planner.activations import can_choose
-from offload.planner.choice import Choice, nothing_in_ram
+from offload.planner.choice import Choice, may_live_on_device, nothing_in_ram, to_device
 from offload.planner.decide import decide, greedy
+from offload.planner.memory import device_home, device_scratch
 from offload.planner.mip import solve
 from offload.planner.placement import ROLES, Problem
 from offload.planner.solver import SolverFailed
-from offload.planner.unit_bytes import item_bytes
+from offload.planner.unit_bytes import gradient_home, item_bytes
 
 GIB = 1 << 30
 MACHINE = Hardware("test", 0, 0, {"bfloat16": 1e13, "float32": 1e13}, 2e10, 2e10, 1e10, 2e9, 1e9, 2e9)
@@ -52,6 +53,18 @@ def instance(seed: int, units: int, activations: str = "recompute", ram: float |
     return Problem(w, MACHINE, Budgets(gpu, cpu, 0, (("/a", 64 * GIB),)))
 
 
+def with_device(p: Problem, seed: int) -> Problem:
+    """The instance where AdamW on the device is offered, and room there for a part of the units; often compute is not
+    the bottleneck."""
+    rng = random.Random(seed)
+    flops = dict.fromkeys(MACHINE.matrix_flops, rng.choice([1e13, 5e14, 5e14]))
+    hw = replace(MACHINE, adamw_device=rng.choice([1e8, 2e9, 1e10]), matrix_flops=flops)
+    homes = sum(device_home(u, p.w) + gradient_home(u, p.w) for u in p.w.units)
+    more = device_scratch(p.w) + int(homes * rng.uniform(0.2, 1.1))
+    cpu = p.budgets.cpu + (more if p.w.device == "cpu" else 0)
+    return replace(p, hw=hw, budgets=replace(p.budgets, gpu=p.budgets.gpu + more, cpu=cpu))
+
+
 def choices(p: Problem) -> list[Choice]:
     """Every choice of the instance: all placements, and, where activations are planned, kept or recomputed whole."""
     per_unit = []
@@ -63,8 +76,10 @@ def choices(p: Problem) -> list[Choice]:
             for role, tier in zip(roles, tiers, strict=True):
                 c = c.with_tier(role, tier)
             options.append(c)
-            if p.w.activations == "plan":
-                options.append(replace(c, keep=1.0, recompute=0.0))
+        if may_live_on_device(unit, p.w, p.hw):
+            options.append(to_device(base))
+        if p.w.activations == "plan":
+            options += [replace(c, keep=1.0, recompute=0.0) for c in options]
         per_unit.append(options)
     return [Choice(units, p.block_slots) for units in itertools.product(*per_unit)]
 
@@ -73,9 +88,10 @@ def fits(p: Problem, choice: Choice) -> bool:
     return all(room >= 0 for room in p.room(choice).values())
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_the_mip_finds_the_optimum_of_placements(seed: int) -> None:
-    p = instance(seed, 3)
+@pytest.mark.parametrize("device", [False, True])
+@pytest.mark.parametrize("seed", [*range(12), 42, 44])
+def test_the_mip_finds_the_optimum_of_placements(seed: int, device: bool) -> None:
+    p = with_device(instance(seed, 3), seed) if device else instance(seed, 3)
     best = min(p.estimate(c).step_seconds for c in choices(p) if fits(p, c))
     found = solve(p, 10.0)
     assert found.optimal and fits(p, found.choice)
@@ -85,31 +101,35 @@ def test_the_mip_finds_the_optimum_of_placements(seed: int) -> None:
     assert best <= p.estimate(quick.choice).step_seconds * (1 + 1e-12)
 
 
+@pytest.mark.parametrize("device", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_with_activations_the_mip_is_as_good_as_any_whole_choice(seed: int) -> None:
+def test_with_activations_the_mip_is_as_good_as_any_whole_choice(seed: int, device: bool) -> None:
     """Brute force over equal units, kept or recomputed whole; the MIP may also split and swap, so be faster.
 
     (Units that differ it treats with care: it counts the largest workspace beside all that waits.)
     """
     p = instance(seed, 2, "plan")
     p = replace(p, w=replace(p.w, units=tuple(replace(p.w.units[0], name=name) for name in "ab")))
+    p = with_device(p, seed) if device else p
     best = min(p.estimate(c).step_seconds for c in choices(p) if fits(p, c))
     found = solve(p, 10.0)
     assert found.optimal and fits(p, found.choice)
     assert p.estimate(found.choice).step_seconds <= best * (1 + 1e-5)
 
 
+@pytest.mark.parametrize("device", [False, True])
 @pytest.mark.parametrize("seed", range(4))
-def test_the_plan_is_never_worse_than_greedy(seed: int) -> None:
-    p = instance(seed, 8, "plan")
-    quick = decide(p.w, p.budgets, MACHINE, "greedy")
-    best = decide(p.w, p.budgets, MACHINE, "mip")
+def test_the_plan_is_never_worse_than_greedy(seed: int, device: bool) -> None:
+    p = with_device(instance(seed, 8, "plan"), seed) if device else instance(seed, 8, "plan")
+    quick = decide(p.w, p.budgets, p.hw, "greedy")
+    best = decide(p.w, p.budgets, p.hw, "mip")
     assert best.prediction.step_seconds <= 1.02 * quick.prediction.step_seconds  # or as fast with fewer bytes
     assert best.prediction.step_seconds > 0.8 * quick.prediction.step_seconds
     assert fits(best.problem, best.choice)
 
 
-def test_eighty_units_are_planned_in_seconds() -> None:
+@pytest.mark.parametrize("device", [0.0, 5e9])
+def test_eighty_units_are_planned_in_seconds(device: float) -> None:
     blocks = tuple(
         UnitProfile(
             f"b{i}", "block", 200_000_000, 200_000_000, 0, False, 10**13, boundary_bytes=32 << 20,
@@ -119,7 +139,8 @@ def test_eighty_units_are_planned_in_seconds() -> None:
     )  # fmt: skip
     w = Workload(blocks, 4, 1, 1024, "bfloat16", True, "auto", activations="plan")
     begin = time.process_time()
-    plan = make_plan(w, Budgets(24 * GIB, 100 * GIB, 0, (("/a", 800 * GIB),)), MACHINE, "mip")
+    hw = replace(MACHINE, adamw_device=device)
+    plan = make_plan(w, Budgets(24 * GIB, 100 * GIB, 0, (("/a", 800 * GIB),)), hw, "mip")
     assert time.process_time() - begin < 3  # one, where nothing else runs
     assert plan.fits and plan.solver["name"] == "mip" and plan.solver["status"] == "optimal"
 
@@ -191,7 +212,7 @@ unit = UnitProfile("a", "block", 1 << 22, 1 << 22, 0, forward_flops=1 << 34, bou
                    workspace_backward=1 << 24)
 w = Workload(tuple(replace(unit, name=name) for name in "abcdefgh"), 2, 1, 512, "bfloat16", True, 1, "cuda")
 for solver in ("greedy", "auto"):
-    plan = make_plan(w, Budgets(1 << 30, 1 << 28, 0, (("/a", 1 << 36),)), load_hardware("rtx4090"), solver)
+    plan = make_plan(w, Budgets(1 << 28, 1 << 28, 0, (("/a", 1 << 36),)), load_hardware("rtx4090"), solver)
     assert plan.fits
     print(plan.solver["status"], *plan.notes)
 """

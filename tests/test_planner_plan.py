@@ -24,13 +24,16 @@ from offload.planner import (
 from offload.planner.activation_bytes import away_bytes, forward_workspace, kept_bytes, saved_room
 from offload.planner.activations import shares
 from offload.planner.choice import Choice, Role, UnitChoice, all_in_ram, nothing_in_ram
-from offload.planner.memory import FRAMEWORK_FIXED, FRAMEWORK_MARGIN, MIB, moments, peaks
+from offload.planner.memory import FRAMEWORK_FIXED, FRAMEWORK_MARGIN, MIB, device_home, moments, peaks
 from offload.planner.prediction import predict
 from offload.planner.timing import whole_step
 
 GIB = 1 << 30
 MACHINE = Hardware("test", 8 * GIB, 8 * GIB, {"bfloat16": 1e12, "float32": 2e11}, 2e10, 2e10, 1e10, 2e9, 1e9, 2e9)
 
+
+OFFERED = replace(MACHINE, adamw_device=1e10)  # AdamW on the device, too
+MACHINES = st.sampled_from([MACHINE, OFFERED])
 
 # Operations that share a resource can delay each other when one of them gets faster, and a block slot has to pay.
 ROUGHLY = 0.02
@@ -81,13 +84,13 @@ def workloads(draw: st.DrawFn) -> Workload:
 bytes_of_ram = st.integers(1 << 26, 16 * GIB)
 
 
-@given(workloads(), bytes_of_ram, bytes_of_ram, st.integers(0, 40 * GIB), st.sampled_from(["greedy", "mip"]))
-@settings(max_examples=40, deadline=None)
+@given(workloads(), bytes_of_ram, bytes_of_ram, st.integers(0, 40 * GIB), st.sampled_from(["greedy", "mip"]), MACHINES)
+@settings(max_examples=60, deadline=None)
 def test_a_plan_that_fits_exceeds_no_budget_and_adds_up(
-    w: Workload, gpu: int, cpu: int, nvme: int, solver: str
+    w: Workload, gpu: int, cpu: int, nvme: int, solver: str, hw: Hardware
 ) -> None:
     budgets = Budgets(gpu, cpu, 0, (("/a", nvme // 2), ("/b", nvme - nvme // 2)))
-    plan = make_plan(w, budgets, MACHINE, solver)
+    plan = make_plan(w, budgets, hw, solver)
     limits = budgets.by_tier()
     assert plan.fits == all(plan.peak_bytes[t] <= limits[t] for t in limits)
     assert plan.fits != bool(plan.shortfall_bytes)
@@ -108,32 +111,47 @@ def test_a_plan_that_fits_exceeds_no_budget_and_adds_up(
     waiting = sum(gradient_home(u, w) for u, p in zip(w.units, plan.units, strict=True) if p.placement["grad"] == "cpu")
     assert plan.categories["cpu"].get("state", 0) == homes
     assert plan.categories["cpu"].get("gradient homes", 0) == waiting
+    there = [u for u, p in zip(w.units, plan.units, strict=True) if p.placement["master"] == "gpu"]
+    assert plan.categories["gpu"].get("state", 0) == sum(device_home(u, w) for u in there)
+    assert not there or hw is OFFERED
     assert plan.spill_gradients == any(p.placement["grad"] == "nvme" for p in plan.units)
 
 
-@given(workloads(), bytes_of_ram, bytes_of_ram)
-@settings(max_examples=40, deadline=None)
-def test_more_ram_never_predicts_a_slower_step(w: Workload, one: int, other: int) -> None:
+@given(workloads(), bytes_of_ram, bytes_of_ram, MACHINES)
+@settings(max_examples=60, deadline=None)
+def test_more_ram_never_predicts_a_slower_step(w: Workload, one: int, other: int, hw: Hardware) -> None:
     nvme = (("/a", 1 << 50),)
-    less, more = (make_plan(w, Budgets(GIB, cpu, 0, nvme), MACHINE, "greedy") for cpu in sorted((one, other)))
+    less, more = (make_plan(w, Budgets(GIB, cpu, 0, nvme), hw, "greedy") for cpu in sorted((one, other)))
     assert more.step_seconds <= less.step_seconds * (1 + ROUGHLY)
 
 
-@given(workloads(), bytes_of_ram, st.sampled_from(["h2d", "d2h", "ram", "nvme_read", "nvme_write"]))
+@given(workloads(), bytes_of_ram, bytes_of_ram, bytes_of_ram)
 @settings(max_examples=40, deadline=None)
-def test_more_bandwidth_never_predicts_a_slower_step(w: Workload, cpu: int, lane: str) -> None:
+def test_more_device_memory_never_predicts_a_slower_step(w: Workload, cpu: int, one: int, other: int) -> None:
+    nvme = (("/a", 1 << 50),)
+    less, more = (make_plan(w, Budgets(gpu, cpu, 0, nvme), OFFERED, "greedy") for gpu in sorted((one, other)))
+    assume(less.fits)
+    assert more.step_seconds <= less.step_seconds * (1 + ROUGHLY)
+
+
+@given(
+    workloads(), bytes_of_ram, st.sampled_from(["h2d", "d2h", "ram", "nvme_read", "nvme_write", "adamw_device"]),
+    MACHINES,
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_more_bandwidth_never_predicts_a_slower_step(w: Workload, cpu: int, lane: str, hw: Hardware) -> None:
     budgets = Budgets(GIB, cpu, 0, (("/a", 1 << 50),))
-    faster = replace(MACHINE, **{lane: 2 * getattr(MACHINE, lane)})
+    faster = replace(hw, **{lane: 2 * getattr(hw, lane)})
     w = replace(w, commit_every=5)
     assert make_plan(w, budgets, faster, "greedy").step_seconds <= make_plan(
-        w, budgets, MACHINE, "greedy"
+        w, budgets, hw, "greedy"
     ).step_seconds * (1 + ROUGHLY)
 
 
-@given(workloads(), bytes_of_ram)
+@given(workloads(), bytes_of_ram, MACHINES)
 @settings(max_examples=40, deadline=None)
-def test_json_gives_back_the_same_plan(w: Workload, cpu: int) -> None:
-    plan = make_plan(w, Budgets(GIB, cpu, 0, (("/a", 64 * GIB),)), MACHINE, "greedy")
+def test_json_gives_back_the_same_plan(w: Workload, cpu: int, hw: Hardware) -> None:
+    plan = make_plan(w, Budgets(GIB, cpu, 0, (("/a", 64 * GIB),)), hw, "greedy")
     data = plan.to_json()
     assert Plan.from_json(json.loads(json.dumps(data))) == plan
     assert ("shortfall_bytes" in data) == (not plan.fits)

@@ -13,7 +13,7 @@ import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from offload.planner import Budgets, Hardware, UnitProfile, Workload, advise, make_plan
-from offload.planner.choice import everything_in_ram, nothing_in_ram
+from offload.planner.choice import everything_in_ram, may_live_on_device, nothing_in_ram, to_device
 from offload.planner.decide import decide
 from offload.planner.memory import peaks, reserve
 from offload.planner.plan import LANES
@@ -21,7 +21,7 @@ from offload.planner.prediction import predict
 from offload.planner.profile import profile_model
 from offload.planner.simulator import Program, run, waits
 from offload.planner.timed import _give_back, _materialize, timed
-from test_planner_plan import GIB, MACHINE, stack, workloads
+from test_planner_plan import GIB, MACHINE, OFFERED, stack, workloads
 
 from offload.units import find_units
 
@@ -94,8 +94,11 @@ def test_operations_that_wait_for_each_other_are_named() -> None:
 @settings(max_examples=25, deadline=None)
 def test_a_step_is_no_shorter_than_its_busiest_lane_and_no_longer_than_all_work(w: Workload) -> None:
     w = replace(w, commit_every=3)
-    for choice in (nothing_in_ram(w), everything_in_ram(w, 3)):
-        found = predict(w, MACHINE, choice, memory=True)
+    there = everything_in_ram(w, 3)
+    units = zip(w.units, there.units, strict=True)
+    there = replace(there, units=tuple(to_device(c) if may_live_on_device(u, w, OFFERED) else c for u, c in units))
+    for choice in (nothing_in_ram(w), everything_in_ram(w, 3), there):
+        found = predict(w, OFFERED, choice, memory=True)
         assert set(found.lane_seconds) == set(LANES)
         assert found.step_seconds >= max(found.lane_seconds.values()) * (1 - 1e-9)
         assert found.step_seconds <= 2.5 * sum(found.lane_seconds.values())  # half duplex, and cores shared
@@ -108,14 +111,16 @@ def test_a_step_is_no_shorter_than_its_busiest_lane_and_no_longer_than_all_work(
 @settings(max_examples=15, deadline=None)
 def test_a_machine_so_many_times_faster_takes_so_many_times_less(w: Workload, k: float) -> None:
     w = replace(w, commit_every=2)
-    rates = ("h2d", "d2h", "ram", "nvme_read", "nvme_write", "adamw_parameters_per_second", "cxl")
+    rates = ("h2d", "d2h", "ram", "nvme_read", "nvme_write", "adamw_parameters_per_second", "adamw_device", "cxl")
     faster = replace(
-        MACHINE, matrix_flops={d: k * r for d, r in MACHINE.matrix_flops.items()},
-        **{name: k * getattr(MACHINE, name) for name in rates},
+        OFFERED, matrix_flops={d: k * r for d, r in OFFERED.matrix_flops.items()},
+        **{name: k * getattr(OFFERED, name) for name in rates},
     )  # fmt: skip
     choice = nothing_in_ram(w)
-    slow, fast = predict(w, MACHINE, choice), predict(w, faster, choice)
-    assert fast.step_seconds == pytest.approx(slow.step_seconds / k, rel=1e-6)
+    first = replace(choice, units=(to_device(choice.units[0]), *choice.units[1:])) if w.units[0].trainable else choice
+    for c in (choice, first):
+        slow, fast = predict(w, OFFERED, c), predict(w, faster, c)
+        assert fast.step_seconds == pytest.approx(slow.step_seconds / k, rel=1e-6)
 
 
 def test_activations_are_kept_where_there_is_room_and_swapped_where_it_pays() -> None:
