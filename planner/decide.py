@@ -188,8 +188,13 @@ def _moved_to_device(d: Decision) -> Decision:
     if not ranked:
         return d
     found = _best(p, [d.choice, *ranked[: _simulated(p.w)]], d.solver, d.status, d.prediction.step_seconds)
-    faster = found.prediction.step_seconds < PAYS * d.prediction.step_seconds
-    return found if faster or (1 + WORTH) * found.prediction.nvme_bytes < d.prediction.nvme_bytes else d
+    return found if _gains(found, d) else d
+
+
+def _gains(found: Decision, known: Decision) -> bool:
+    """Whether it is faster, or, where it is as fast, spares the drive: what has to be for more units on the device."""
+    faster = found.prediction.step_seconds < PAYS * known.prediction.step_seconds
+    return faster or (1 + WORTH) * found.prediction.nvme_bytes < known.prediction.nvme_bytes
 
 
 def _improved(best: Decision, time_limit: float) -> Decision:
@@ -211,6 +216,9 @@ def _improved(best: Decision, time_limit: float) -> Decision:
         return fall_back(error)
     status = "optimal" if solution.optimal else "feasible"
     found = _best(p, [best.choice, solution.choice], "mip", status, best.prediction.step_seconds)
+    more = len(found.choice.placed("state", "gpu")) > len(best.choice.placed("state", "gpu"))
+    if more and not _gains(found, best):
+        found = replace(best, solver="mip", status=status)
     return replace(found, gap=GAP if solution.optimal else None)
 
 

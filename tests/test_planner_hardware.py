@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 import yaml
-from offload.planner import available_ram, load_hardware, preset_names, probe
+from offload.planner import available_ram, load_hardware, measure, preset_names, probe
 from offload.planner.hardware import PRESETS
 from offload.planner.measure import SYSTEM_BYTES, cache_directory
 
@@ -24,6 +25,18 @@ def test_every_preset_loads_and_says_where_its_numbers_are_from() -> None:
         assert hardware.name == name
         assert {"gpu_bytes", "cpu_bytes", "matrix_flops", "nvme_read", "h2d"} <= set(hardware.source)
         assert hardware.matrix_flops["bfloat16"] > hardware.matrix_flops["float32"]
+
+
+def test_adamw_on_the_device_is_a_key_that_may_be_left_out(tmp_path: Path) -> None:
+    for name in NAMES:
+        hardware = load_hardware(name)
+        assert 1e9 < hardware.adamw_device < 1e11 and "not measured" in hardware.source["adamw_device"]
+    data = yaml.safe_load((PRESETS / "rtx4090.yaml").read_text())
+    del data["adamw_device"], data["source"]["adamw_device"]
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(data))
+    assert load_hardware(tmp_path / "mine.yaml").adamw_device == 0.0
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(data | {"adamw_device": 0}))
+    assert load_hardware(tmp_path / "mine.yaml").adamw_device == 0
 
 
 def test_drives_add_up() -> None:
@@ -68,6 +81,10 @@ def test_an_unknown_preset_names_the_nearest() -> None:
         ({"name": 4090}, "name is 4090"),
         ({"source": ["a white paper"]}, "source is"),
         ({"link_duplex": 3}, "link_duplex is 3"),
+        ({"adamw_device": -1}, "adamw_device is -1; accepted: parameters per second from 0"),
+        ({"adamw_device": float("inf")}, "adamw_device is inf"),
+        ({"adamw_device": "fast"}, "adamw_device is 'fast'"),
+        ({"adamw_device": True}, "adamw_device is True"),
     ],
 )
 def test_a_corrupted_preset_is_refused_by_key(tmp_path: Path, change: dict[str, object], message: str) -> None:
@@ -108,6 +125,35 @@ def test_the_probe_measures_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("offload.planner.measure._measure", lambda *_: first)
     assert probe("cpu", [tmp_path]) == first  # a damaged cache is measured again
     assert "matrix_flops" in cached.read_text()
+
+
+def test_adamw_is_measured_on_a_gpu_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the rate comes back from the cache; a cached machine without it is one on which it is not offered."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name, value in (("_matrix_rate", 1e12), ("_copy_rate", 1e10), ("_link_rates", (2e10, 2e10, 2.0))):
+        monkeypatch.setattr(measure, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (8 << 30, 8 << 30))
+    asked: list[str] = []
+
+    def rate() -> float:
+        asked.append("device")
+        return 4e9
+
+    def measured(device: str, refresh: bool = False, on_device: Callable[[], float] | None = rate) -> float:
+        return probe(device, [], refresh, lambda _: 1e9, on_device).adamw_device
+
+    assert measured("cpu") == 0.0 and not asked
+    assert measured("cuda") == 4e9 and asked == ["device"]
+    assert measured("cuda") == 4e9 and asked == ["device"]
+    assert measured("cuda", refresh=True, on_device=lambda: 0.0) == 0.0  # other bits than the CPU's
+    assert measured("cuda", refresh=True, on_device=None) == 0.0
+    (cached,) = (path for path in cache_directory().glob("hardware-*.json") if "a GPU" in path.read_text())
+    data = json.loads(cached.read_text())
+    del data["adamw_device"]
+    cached.write_text(json.dumps(data))
+    assert measured("cuda") == 0.0
 
 
 def test_a_gpu_that_is_not_there_is_refused() -> None:
