@@ -220,8 +220,19 @@ class Chunk:
 
     def clone(self) -> Chunk:
         """A copy with memory of its own."""
-        low = None if self.low is None else self.low.clone()
-        return Chunk(self.param.clone(), low, self.grad.clone(), self.exp_avg.clone(), self.exp_avg_sq.clone())
+        return self._with(Tensor.clone)
+
+    def to(self, device: torch.device) -> Chunk:
+        """The chunk on the device; itself if it is there."""
+        return self._with(lambda tensor: tensor.to(device))
+
+    def between(self, start: int, stop: int) -> Chunk:
+        """Views of the elements [start, stop)."""
+        return self._with(lambda tensor: tensor[start:stop])
+
+    def _with(self, function: Callable[[Tensor], Tensor]) -> Chunk:
+        low = None if self.low is None else function(self.low)
+        return Chunk(function(self.param), low, function(self.grad), function(self.exp_avg), function(self.exp_avg_sq))
 
     def same_bits(self, other: Chunk) -> bool:
         """Whether every value is the same to the bit."""

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,10 +27,11 @@ from offload.adamw import Chunk, Hyper, Piece, Stock
 LOADED_BYTES = 48 << 20
 # Elements that torch's compiled code takes at a time, most likely first: what is left of a tensor beyond a multiple of
 # it is its tail. It depends on the compiler too: with vectors of 16 floats, the tail's loop was made to take 8.
-_LANES = (8, 16, 4)
+LANES = (8, 16, 4)
 # What the check runs over: every length of tail, and enough values to meet ties and every branch.
 _CHECK_ELEMENTS = 48 * 1024
 _CHECK_TAILS = range(1, 18)
+_HOST = torch.device("cpu")
 _TIMED_ELEMENTS = 128 * 1024
 _TIMED_REPEATS = 5
 
@@ -110,7 +111,7 @@ def _load() -> Loaded:
         return Loaded(None, {"all": "numba is not installed (pip install 'offload[jit]')"})
     except Exception as error:  # whatever a compiler can fail with, training goes on without it
         return Loaded(None, {"all": f"numba could not compile: {type(error).__name__}: {error}"})
-    lanes = next((n for n in _LANES if all(equal_bits(Jit(compiled, n), *dtypes) for dtypes in compiled)), None)
+    lanes = next((n for n in LANES if all(equal_bits(Jit(compiled, n), *dtypes) for dtypes in compiled)), None)
     if lanes is None:
         return Loaded(None, {"all": "on this processor their bits are not those of torch's kernel"})
     every = Jit(compiled, lanes)
@@ -129,20 +130,31 @@ def compile_kernels() -> Kernels:
     return adamw_kernels.KERNELS
 
 
-def equal_bits(jit: Jit, param_dtype: torch.dtype, grad_dtype: torch.dtype) -> bool:
-    """Whether two steps over random state leave the bits that stock operations leave."""
+class Worker(Protocol):
+    """AdamW over parts of a chunk."""
+
+    def part(self, chunk: Chunk, pieces: Sequence[Piece], hyper: Hyper) -> None:
+        """One AdamW step in place over some pieces of a chunk."""
+        ...
+
+
+def equal_bits(
+    worker: Worker, param_dtype: torch.dtype, grad_dtype: torch.dtype, device: torch.device = _HOST
+) -> bool:
+    """Whether two steps over random state on the device leave the bits that stock operations leave on the CPU."""
     generator = torch.Generator().manual_seed(0)
     stock = Stock()
     for number, weight_decay in enumerate((0.0, 0.1)):
         chunk, pieces = _sample(generator, _CHECK_ELEMENTS, param_dtype, grad_dtype)
         expected = chunk.clone()
+        chunk = chunk.to(device)
         coefficient = torch.tensor(0.37) if number else None
         for step in (1, 2):
             hyper = Hyper(1e-3, 0.9, 0.999, 1e-8, weight_decay, coefficient)
             counted = [(start, stop, step) for start, stop, _ in pieces]
-            jit.part(chunk, counted, hyper)
+            worker.part(chunk, counted, hyper)
             stock.part(expected, counted, hyper)
-        if not chunk.same_bits(expected):
+        if not chunk.to(_HOST).same_bits(expected):
             return False
     return True
 

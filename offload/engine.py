@@ -188,7 +188,7 @@ class Engine:
         self.flush()
         if self.committed_step != self.completed_steps:
             with self._all_or_nothing():
-                self._held.states.write_homes()
+                self._held.write_homes()
                 self._submit_commit()
                 self._method.flush()
         return self.committed_step

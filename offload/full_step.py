@@ -3,7 +3,8 @@
 forward    for each unit in order: bind its weights, pass every micro-batch through it;
            a micro-batch that reaches its loss runs backward through the last unit at once
 backward   for each unit in reverse: bind, run every micro-batch again with grad, drain the summed gradient
-update     AdamW where the state lives, in backward or ahead of the next forward
+update     AdamW where the state lives, in backward or ahead of the next forward; of a unit that lives on the device
+           in backward, or once the norm is known
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ from torch import Tensor
 from offload.activation_stream import ActivationStream
 from offload.adamw import Hyper
 from offload.boundary import Boundaries, MicroBatch, backward_order
+from offload.device_update import DeviceUpdates
 from offload.errors import OffloadError
 from offload.gradient_stream import GradientStream, UnitGradient
 from offload.head_loss import HeadLoss, find_head
 from offload.loss import LossItems, Scale, micro_seed
+from offload.norms import clipping
 from offload.prepare import Prepared
 from offload.resources import TIMEOUT, Resources
 from offload.schedule import learning_rates
+from offload.step_counts import StepCounts
 from offload.units import Unit
 from offload.update_chunk import Lent
 from offload.update_stream import UpdateStream
@@ -80,9 +84,8 @@ class FullStep:
         self._unclipped_steps = 0  # the last ones in a row
         self._step = 0  # of the step under way: completed steps before it
         self.completed_steps = int(meta["step"])
-        default, exceptions = meta["parameter_steps"]
-        names = [slot.name for unit in self._units for slot in unit.layout.params if slot.trainable]
-        self._parameter_steps = {name: exceptions.get(name, default) for name in names}
+        trained = [slot.name for unit in self._units for slot in unit.layout.params if slot.trainable]
+        self._counts = StepCounts(trained, meta["parameter_steps"])
         self._parameter_order = {name: i for i, (name, _) in enumerate(self._model.named_parameters())}
         # What is known of the next step's visits: the order of the units at first, then what the last step did.
         forward = [u.index for u in self._units if not u.resident]
@@ -96,6 +99,11 @@ class FullStep:
             held.states, held.update, held.gradient_dtype, held.device, self._trace, TIMEOUT
         )
         stack.callback(self._updates.close)
+        self._on_device = DeviceUpdates(
+            held.states.units, held.gradient_dtype, held.device_scratch, held.device, self._updates, self._trace,
+            TIMEOUT,
+        )  # fmt: skip
+        stack.callback(self._on_device.close)
         self._gradients = GradientStream(
             held.states.units, held.gradient_slots, held.landing, held.gradient_dtype, held.device,
             self._clips, self._update_landed, self._trace, TIMEOUT,
@@ -130,7 +138,7 @@ class FullStep:
         """
         self._step, self._durable = step, durable
         self._heap.begin_step()
-        self._counted: set[str] = set()
+        self._counts.begin_step()
         self._trial: Future[bool] | None = Future() if self._tries() else None
         self._updates.check()
         runs = self._start(micro, training=True)
@@ -140,14 +148,16 @@ class FullStep:
         self.activations.end()
         gradients = self._gradients.finish()
         loss = _summed(losses)
-        norm, coefficient = self._clip(gradients)
+        norms = {name: norm for gradient in gradients.values() for name, norm in gradient.norms.items()}
+        norm, coefficient = clipping(norms, self._parameter_order, self._config.max_grad_norm)
         if self._clips:
             self._update_clipped(gradients, coefficient)
         if durable:
             self._carry_over(gradients)
         for index in gradients:
-            if index not in self._lent:  # a slot that was lent to the update holds the new weights
-                self._weights.outdate(self._units[index])
+            unit = self._units[index]
+            if index not in self._lent and not self._on_device.has(unit):  # these hold the new weights
+                self._weights.outdate(unit)
         self._weights.expect(self._visits[True])
         return Outcome(loss, norm, self._lr(step), self.activations.fallbacks)
 
@@ -181,10 +191,8 @@ class FullStep:
 
     def meta(self, completed: int) -> dict[str, Any]:
         """What a commit after `completed` steps has to hold of this method."""
-        counts = list(self._parameter_steps.values())
-        default = max(set(counts), key=counts.count)
         return {
-            "parameter_steps": [default, {name: n for name, n in self._parameter_steps.items() if n != default}],
+            "parameter_steps": self._counts.to_meta(),
             # The next step's learning rate follows from this and the configuration.
             "schedule": {"name": self._config.schedule.name, "next_lr": self._lr(completed)},
         }
@@ -295,6 +303,11 @@ class FullStep:
         takes the weights from the slot they are bound in."""
         if any(record.unit is unit for run in runs for record in run.tape) or not self._gradients.is_open(unit):
             return
+        if self._on_device.has(unit):
+            if not self._clips:
+                self._update_on_device(unit, None)
+            self._gradients.close_unit(unit, stay=self._clips)
+            return
         now = not self._clips or (self._trial is not None and self._updates.can_try(unit))
         if bound and now:
             self._lent[unit.index] = self._weights.lend(unit)
@@ -317,19 +330,6 @@ class FullStep:
 
     # ---- norm, update, commit ----
 
-    def _clip(self, gradients: dict[int, UnitGradient]) -> tuple[float, Tensor | None]:
-        """The global norm and clipping coefficient, to the bit those of `torch.nn.utils.clip_grad_norm_`."""
-        norms = {name: norm for gradient in gradients.values() for name, norm in gradient.norms.items()}
-        if not norms:
-            raise OffloadError("no parameter got a gradient; check requires_grad and the batch's labels")
-        ordered = [norms[name] for name in sorted(norms, key=self._parameter_order.__getitem__)]
-        total = torch.linalg.vector_norm(torch.stack(ordered))
-        limit = self._config.max_grad_norm
-        if limit is None:
-            return total.item(), None
-        coefficient = torch.clamp(limit / (total + 1e-6), max=1.0)
-        return total.item(), None if coefficient.item() == 1.0 else coefficient
-
     def _hyper(self, coefficient: Tensor | None) -> Hyper:
         o = self._config.optimizer
         return Hyper(self._lr(self._step), o.betas[0], o.betas[1], o.eps, o.weight_decay, coefficient)
@@ -350,18 +350,33 @@ class FullStep:
                 self._lent.clear()
             self._trial.set_result(unclipped)
         first_use = {index: i for i, index in reversed(list(enumerate(self._visits[True])))}
-        order = [self._units[i] for i in sorted(gradients, key=lambda i: first_use.get(i, -1)) if i not in tried]
+        order = []
+        for index in sorted(gradients, key=lambda i: first_use.get(i, -1)):
+            if self._on_device.has(self._units[index]):
+                self._update_on_device(self._units[index], coefficient)
+                self._gradients.release(self._units[index])
+            elif index not in tried:
+                order.append(self._units[index])
         for unit in order:
             gradient = gradients[unit.index]
             self._updates.defer(
-                unit, gradient.present, self._count_step(gradient), self._hyper(coefficient), self._durable
+                unit, gradient.present, self._counts.count(gradient), self._hyper(coefficient), self._durable
             )
         held = [unit for unit in order if self._weights.holds(unit)]
         self._updates.expect([u for u in order if gradients[u.index].present], ("param", *_STATE, "grad"), held)
 
+    def _update_on_device(self, unit: Unit, coefficient: Tensor | None) -> None:
+        """The unit lives on the device: update it there, from its gradient's slot."""
+        gradient, summed = self._gradients.summed(unit)
+        hyper = self._hyper(coefficient)
+        self._on_device.step(unit, summed, gradient.present, self._counts.count(gradient), hyper)
+        self._weights.changed(unit)
+        if self._durable:
+            self._on_device.write(unit, hyper)
+
     def _update_landed(self, gradient: UnitGradient, host: Tensor, done: Callable[[], None]) -> None:
         """Without clipping, or for a trial: the gradient lane calls this when a unit's gradient is on the host."""
-        unit, steps = gradient.unit, self._count_step(gradient)
+        unit, steps = gradient.unit, self._counts.count(gradient)
         lent = self._lent.get(unit.index)
         self._updates.submit(
             unit, gradient.present, steps, self._hyper(None), self._durable, host, done, lent, self._trial
@@ -372,22 +387,21 @@ class FullStep:
         if not self._clips or self._trial is not None:
             backward = [self._units[i] for i in dict.fromkeys(reversed(self._visited))]
             backward += [u for u in self._units if u.resident]
-            self._updates.expect([u for u in backward if not self._clips or self._updates.can_try(u)], _STATE)
+            here = [u for u in backward if not self._on_device.has(u)]
+            self._updates.expect([u for u in here if not self._clips or self._updates.can_try(u)], _STATE)
 
     def _tries(self) -> bool:
         """Whether to update in backward as if nothing were clipped: after a few steps in which nothing was."""
         return self._clips and self._plan.commit_every == 1 and self._unclipped_steps >= TRIAL_AFTER
 
-    def _count_step(self, gradient: UnitGradient) -> dict[str, int]:
-        for name in gradient.present - self._counted:  # an update that was taken back was counted already
-            self._parameter_steps[name] += 1
-        self._counted |= gradient.present
-        return {name: self._parameter_steps[name] for name in gradient.present}
-
     def _carry_over(self, gradients: dict[int, UnitGradient]) -> None:
         """A unit without gradient keeps its state, but what of it lives in RAM belongs to this step's commit too."""
         for unit in self._units:
-            if unit.trainable and unit.index not in gradients:
+            if not unit.trainable or unit.index in gradients:
+                continue
+            if self._on_device.has(unit):
+                self._on_device.write(unit, self._hyper(None))
+            else:
                 self._updates.submit(unit, set(), {}, self._hyper(None), durable=True)
 
 

@@ -51,6 +51,7 @@ class _Open:
     gradient: UnitGradient
     buffer: Tensor
     group: str
+    stays: bool = False  # on the device until it is asked to go
     released: bool = False
 
 
@@ -111,6 +112,7 @@ class GradientStream:
         self._open: dict[int, _Open] = {}
         self._draining: list[Future[None]] = []
         self._drained: set[int] = set()
+        self._staying: dict[int, _Open] = {}
         self._finished: dict[int, UnitGradient] = {}
         self._failed: BaseException | None = None
         self._norm = Norms()
@@ -147,19 +149,33 @@ class GradientStream:
         """Whether the unit has a slot in which gradients are being summed."""
         return unit.index in self._open
 
-    def close_unit(self, unit: Unit, update: bool = False) -> None:
-        """No more gradients will come for this unit in this step: drain its slot, and update the unit at once."""
+    def close_unit(self, unit: Unit, update: bool = False, stay: bool = False) -> None:
+        """No more gradients will come for this unit in this step: drain its slot, and update the unit at once; or let
+        the gradient stay in its slot, where `summed` finds it, until `release`."""
         entry = self._open.pop(unit.index, None)
         if entry is not None:
+            if stay:
+                entry.stays = True
+                self._staying[unit.index] = entry
             if unit.index in self._drained:
                 raise OffloadError(f"{unit.name} was visited again in backward after its gradient had left")
             self._drained.add(unit.index)
             self._draining.append(self._lane.submit(self._drain, entry, self._device.mark(), update))
 
+    def summed(self, unit: Unit) -> tuple[UnitGradient, Tensor]:
+        """The gradient of a unit that is open or stays, and its slot (1-D bytes on the device)."""
+        entry = self._open.get(unit.index) or self._staying[unit.index]
+        return entry.gradient, entry.buffer
+
+    def release(self, unit: Unit) -> None:
+        """Give back the slot of a gradient that stayed; what was launched on it goes before what comes next."""
+        self._release(self._staying.pop(unit.index))
+
     def finish(self) -> dict[int, UnitGradient]:
         """Drain what is still open and wait for all drains; returns the step's gradients by unit index."""
         for index in list(self._open):
-            self.close_unit(self._states[index].unit)
+            state = self._states[index]
+            self.close_unit(state.unit, stay=self._keep and state.on_device is not None)
         with self._trace.stall("gradients", "the last units"):
             for future in self._draining:
                 future.result(self._timeout)
@@ -176,6 +192,7 @@ class GradientStream:
         self._norm.wait()
         self._free.clear()
         self._open.clear()
+        self._staying.clear()
 
     def _group(self, unit: Unit) -> str:
         for group in (f"held/{unit.name}", "resident" if unit.resident else ""):
@@ -241,6 +258,10 @@ class GradientStream:
             self._release(entry)  # the main thread may wait for a slot; it sees the error in `finish`
             raise
 
+    def _left(self, entry: _Open) -> None:
+        if not entry.stays:
+            self._release(entry)
+
     def _release(self, entry: _Open) -> None:
         if not entry.released:
             entry.released = True
@@ -264,10 +285,13 @@ class GradientStream:
                     if not torch.isfinite(norm):  # or finite values whose squares overflow, as plain PyTorch has it
                         _refuse_non_finite(slot.name, part)
         self._finished[unit.index] = gradient
-        users = Countdown(self._keep + update, done)
+        waits = self._keep and state.on_device is None
+        users = Countdown(waits + update, done)
+        if not waits and not update:  # it is used on the device
+            done()
         if update:
             self._update(gradient, host, users.down)
-        if self._keep:
+        if waits:
             try:
                 home = state.gradient_home
                 if home is None:
@@ -284,14 +308,14 @@ class GradientStream:
         under it.
         """
         if self._landing is None:
-            return entry.buffer, lambda: self._release(entry)
+            return entry.buffer, lambda: self._left(entry)
         unit, ring = entry.gradient.unit, self._landing
         home = self._states[unit.index].gradient_home if self._keep and not update else None
         landing = ring.acquire(self._timeout) if home is None else home
         nbytes = unit.layout.trainable_elements * self._dtype.itemsize
         with self._trace.span("d2h", unit.name, nbytes):
             self._device.copy(landing[:nbytes], entry.buffer[:nbytes])
-        self._release(entry)
+        self._left(entry)
         return landing, (lambda: ring.release(landing)) if home is None else (lambda: None)
 
     def _spill(self, state: UnitState, host: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The norm of each parameter's gradient, to the bit as `clip_grad_norm_` takes it, without a float32 copy of it.
+"""Norms of gradients, to the bit as `clip_grad_norm_` takes them: of each parameter without a float32 copy, and of all.
 
 `torch.linalg.vector_norm` of bfloat16 values in float32 first makes such a copy, twice the gradient's size: as much
 memory outside of the plan, and on a CPU most of the time that the gradient lane took. A compiled kernel sums in torch's
@@ -9,18 +9,37 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from offload.device import limit_lane_threads
+from offload.errors import OffloadError
 
 # Lengths that the check runs over: every tail, and sums long enough to round at each step.
 _CHECK_LENGTHS = (*range(1, 25), 1000, 4099, 65_536, 300_007)
 
 _Kernel = Callable[[Any], float]
+
+
+def clipping(
+    norms: Mapping[str, Tensor], order: Mapping[str, int], limit: float | None
+) -> tuple[float, Tensor | None]:
+    """The global norm and the clipping coefficient, to the bit those of `torch.nn.utils.clip_grad_norm_`.
+
+    Args:
+        norms: of each parameter's gradient, float32 scalars. order: of all parameters, as the model has them.
+        limit: the largest norm; None and a coefficient of 1 give no coefficient.
+    """
+    if not norms:
+        raise OffloadError("no parameter got a gradient; check requires_grad and the batch's labels")
+    total = torch.linalg.vector_norm(torch.stack([norms[name] for name in sorted(norms, key=order.__getitem__)]))
+    if limit is None:
+        return total.item(), None
+    coefficient = torch.clamp(limit / (total + 1e-6), max=1.0)
+    return total.item(), None if coefficient.item() == 1.0 else coefficient
 
 
 class Norms:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from offload import models, oom, zo_state
+from offload import device_home, models, oom, zo_state
 from offload.activation_places import Tier, activation_tiers
 from offload.arena import DeviceArena
 from offload.checkpoint_source import CheckpointSource
@@ -31,6 +31,7 @@ from offload.planner.measure import bandwidths
 from offload.prepare import Prepared
 from offload.run_place import IO_CHOICE
 from offload.rundir import RunDirectory
+from offload.slot_loads import SlotLoads
 from offload.state import States, extents
 from offload.trace import Trace
 from offload.weights import TensorSource, open_weights
@@ -58,6 +59,7 @@ class Resources:
     staging: Ring
     landing: Ring | None  # None where the device is host memory, and without gradients
     update: Ring
+    device_scratch: Tensor | None  # of AdamW on CUDA
     activation_tiers: dict[str, Tier]
     activation_staging: list[Tensor]
     kept_room: int
@@ -77,13 +79,18 @@ class Resources:
             if ring is not None:
                 ring.cancel()
 
+    def write_homes(self) -> None:
+        """Write all state that is not only in the store to it and publish it, between two commits that are due."""
+        self.states.write_homes()
+        device_home.write(self.states.units, self.staging, self.device, TIMEOUT)
+
     def close(self) -> None:
         """Give files, locks and memory back; the lanes must have stopped."""
         self._stack.close()
         self.weight_slots.clear()
         self.gradient_slots.clear()
         self.activation_staging.clear()
-        self.resident = self.kept_memory = None
+        self.resident = self.kept_memory = self.device_scratch = None
 
 
 @contextmanager
@@ -109,6 +116,7 @@ def create(prepared: Prepared, run: RunDirectory) -> Iterator[Resources]:
             order = sorted(prepared.units, key=lambda u: (u.resident, min(names[p.name] for p in u.layout.params)))
             resources.states.populate(source.read, order, resources.update, resources.staging, TIMEOUT)
             store.commit({"step": 0, "parameter_steps": [0, {}], "buffers": encode_buffers(prepared.model)})
+            _load_on_device(resources)
             resources.trace.forget()
             yield resources
     finally:
@@ -133,9 +141,15 @@ def reopen(prepared: Prepared, run: RunDirectory) -> Iterator[Resources]:
         )
     with _closed_on_error(_reserve(prepared, store)) as resources:
         resources.states.load_homes()
+        _load_on_device(resources)
         decode_buffers(prepared.model, store.meta["buffers"])
         resources.trace.forget()
         yield resources
+
+
+def _load_on_device(held: Resources) -> None:
+    loads = SlotLoads(held.device, held.staging, held.trace, TIMEOUT)
+    device_home.load(held.states.units, loads.load)
 
 
 @contextmanager
@@ -198,6 +212,8 @@ def _reserve(prepared: Prepared, store: Store) -> Resources:
         for unit in prepared.units:
             if held := slots(f"gradients.held/{unit.name}"):
                 gradient_slots[f"held/{unit.name}"] = held
+        if not prepared.zo:
+            device_home.place(states.units, plan, slots)
         resident = None
         for unit in prepared.units:
             if unit.resident:
@@ -221,6 +237,7 @@ def _reserve(prepared: Prepared, store: Store) -> Resources:
             rings["staging"],
             landing,
             rings["update"],
+            next(iter(slots("update.device")), None),
             activations,
             slots("activations.staging"),
             kept[0].numel() if kept else _kept_room(prepared),

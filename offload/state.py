@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -31,6 +32,9 @@ from offload.io import (
 from offload.planner import Plan
 from offload.units import Unit
 
+if TYPE_CHECKING:  # it imports this module
+    from offload.device_home import DeviceHome
+
 # Elements of one optimizer chunk, and of one piece of loading: whole store blocks in every role.
 CHUNK_ELEMENTS = 2 * 1024 * 1024
 UPDATED_ROLES = ("param", "master", "exp_avg", "exp_avg_sq")
@@ -39,7 +43,7 @@ UPDATED_ROLES = ("param", "master", "exp_avg", "exp_avg_sq")
 @dataclass
 class UnitState:
     """One unit's roles: their sizes in bytes, their homes (uint8, page-aligned) with the memory each lies in (`tiers`,
-    `grad` too), and the store behind them."""
+    `grad` too), and the store behind them. `on_device`: all of them live there, and are updated there."""
 
     unit: Unit
     store: Store
@@ -50,6 +54,7 @@ class UnitState:
     gradient_waits: bool = False  # for the global norm, in its home or in the store
     tiers: dict[str, HostTier] = field(default_factory=dict)
     written: tuple[str, ...] = UPDATED_ROLES
+    on_device: DeviceHome | None = None
 
     def key(self, role: str) -> str:
         """The store's name for this unit's role."""
@@ -135,7 +140,7 @@ class States:
                 tier = placement.get(role, placement["param"])
                 if tier in tiers:
                     state.homes[role] = reserve(state, role, tier, nbytes)
-            state.gradient_waits = clipping and state.unit.trainable
+            state.gradient_waits = clipping and state.unit.trainable and placement.get("grad") != "gpu"
             if state.gradient_waits and placement.get("grad") in tiers:
                 nbytes = state.unit.layout.trainable_elements * gradient_dtype.itemsize
                 state.gradient_home = reserve(state, "grad", placement["grad"], nbytes)
@@ -151,7 +156,7 @@ class States:
         """Give the homes back."""
         for state in self.units:
             state.homes.clear()
-            state.gradient_home = None
+            state.gradient_home = state.on_device = None
         for buffer in self._buffers:
             buffer.free()
         self._buffers.clear()
@@ -250,6 +255,8 @@ class WeightReader:
         if home is not None:
             with moving(size, state.tiers[role]):
                 return home[first : first + size].clone()
+        if state.on_device is not None:
+            return state.on_device.part(role, first, size).to("cpu", copy=True)
         out = torch.empty(size, dtype=torch.uint8)
         total = state.store.padded(state.key(role))
         buffer = self._ring.acquire(self._timeout)

@@ -313,3 +313,10 @@ class Countdown:
             last = self._count == 0
         if last:
             self._then()
+
+
+def settled() -> Future[None]:
+    """A future that is done."""
+    future: Future[None] = Future()
+    future.set_result(None)
+    return future

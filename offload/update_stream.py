@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offload import device_home
 from offload.adamw import Hyper, Kernel
 from offload.device import Device, limit_lane_threads, optimizer_threads
 from offload.errors import OffloadError
@@ -35,7 +36,7 @@ from offload.io import Ring
 from offload.state import CHUNK_ELEMENTS, States, UnitState
 from offload.trace import Trace
 from offload.units import Unit
-from offload.update_chunk import Chunk, Job, Lent, UnitUpdate, Writes
+from offload.update_chunk import Chunk, Job, Lent, UnitUpdate, Writes, settled
 
 _STOP, _LOOK = object(), object()
 
@@ -70,7 +71,7 @@ class UpdateStream:
         self._waiting: dict[int, Job] = {}  # deferred, in the order of the visits to come
         self._trials: dict[int, Job] = {}  # of this step, not decided
         self._started: deque[Job] = deque()
-        self._commit: Future[None] = _done()
+        self._commit: Future[None] = settled()
         self._failed: BaseException | None = None
         self._closed = False
         self._lock = threading.Lock()
@@ -109,7 +110,8 @@ class UpdateStream:
 
     def can_try(self, unit: Unit) -> bool:
         """Whether an update of this unit can be taken back: nothing of its state is updated in place."""
-        return not self._states.units[unit.index].homes
+        state = self._states.units[unit.index]
+        return not state.homes and state.on_device is None
 
     def undecided(self, unit: Unit) -> bool:
         """Whether the unit's latest update is a trial of this step: its weights are not known before the step's end."""
@@ -176,7 +178,7 @@ class UpdateStream:
     def ready(self, unit: Unit) -> Future[None]:
         """Settled when the weights of the unit's latest update can be read, or with its error."""
         update = self._latest.get(unit.index)
-        return _done() if update is None else update.ready
+        return settled() if update is None else update.ready
 
     def check(self) -> None:
         """Raise the error of an update or commit that has failed; does not wait."""
@@ -318,8 +320,21 @@ class UpdateStream:
             home = job.state.homes.get(role)
             if job.durable and home is not None:
                 writes.add(role, job.state.write(role, 0, home[: job.state.store.padded(job.state.key(role))]))
+            elif job.durable and job.state.on_device is not None:
+                device_home.send(
+                    job.state, role, self._spare, self._release, self._device, self._trace, writes
+                )  # fmt: skip
         if job.lent is not None and not job.lent.current:
             self._fill(job.state, job.lent.weights)
+
+    def _spare(self) -> Tensor:
+        """A chunk buffer for what is not read; what was read ahead may hold all of them."""
+        buffer = self._ring.try_acquire()
+        if buffer is None:
+            if self._ahead:
+                self._drop_chunk(self._ahead.pop())
+            buffer = self._ring.acquire(self._timeout)
+        return buffer
 
     def _fill(self, state: UnitState, slot: Tensor) -> None:
         """A slot that was lent for new weights, when there are none: the unit's weights as they are."""
@@ -390,9 +405,3 @@ class UpdateStream:
 def _drop(job: Job) -> None:
     """`close` dropped the job before it began; whoever waits for it has to hear of it."""
     job.fail(OffloadError(f"the update of {job.unit.name} was dropped: the engine was closed"))
-
-
-def _done() -> Future[None]:
-    future: Future[None] = Future()
-    future.set_result(None)
-    return future

@@ -30,8 +30,10 @@ from offload.slot_loads import SlotLoads
 from offload.state import UnitState
 from offload.trace import Trace
 from offload.units import Unit
-from offload.update_chunk import Lent
+from offload.update_chunk import Lent, settled
 from offload.update_stream import UpdateStream
+
+_OWN = "own"
 
 
 @dataclass
@@ -85,7 +87,10 @@ class WeightStream:
         self._trace = trace
         self._timeout = timeout
         self._poison = poison
-        self._where: dict[int, _Slot] = {}
+        # What lives on the device has a slot of its own, which nobody else is given.
+        self._where: dict[int, _Slot] = {
+            s.unit.index: _Slot(s.on_device.buffer, _OWN, s.unit, settled()) for s in states if s.on_device is not None
+        }
         self._generations = [0] * len(states)
         self._upcoming: deque[int] = deque()
         self._failed: BaseException | None = None
@@ -124,7 +129,7 @@ class WeightStream:
             self._unbind(unit)
             with self._changed:
                 slot.bound = False
-                if self._poison and not slot.lent:
+                if self._poison and not slot.lent and slot.group != _OWN:
                     slot.buffer.view(self._dtype).fill_(float("nan"))
                     self._forget(slot)
                 slot.released = self._device.mark()
@@ -170,6 +175,11 @@ class WeightStream:
             slot = self._where.get(unit.index)
             if slot is not None:
                 slot.outdated = True
+
+    def changed(self, unit: Unit) -> None:
+        """The weights of a unit that lives on the device were updated where they are."""
+        with self._changed:
+            self._generations[unit.index] += 1
 
     def finish_outdated(self) -> None:
         """Wait for loads under way of weights that deferred updates are going to replace: an update that starts
