@@ -232,12 +232,15 @@ def limit_lane_threads() -> None:
 
 @contextmanager
 def lane_threads(count: int) -> Iterator[None]:
-    """So many OpenMP threads for the calling lane thread inside the body."""
+    """So many OpenMP threads for the calling thread inside the body, and as many as before after it: the main thread's
+    number decides how it rounds."""
+    openmp = _openmp()
+    before = 1 if openmp is None else openmp.omp_get_max_threads()
     _set_openmp_threads(count)
     try:
         yield
     finally:
-        _set_openmp_threads(1)
+        _set_openmp_threads(before)
 
 
 def _set_openmp_threads(count: int) -> None:

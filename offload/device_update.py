@@ -27,7 +27,7 @@ class DeviceUpdates:
     """Updates units on the device, and has the optimizer lane write them where a step is to be committed.
 
     Args:
-        scratch: on CUDA, memory of the kernel; None on a CPU, which has the optimizer's own and all its threads.
+        scratch: memory of the device's kernel; None on a CPU, which has the optimizer's own kernel on all threads.
         timeout: seconds that an update waits for an earlier state to be copied away.
     """
 
@@ -52,7 +52,7 @@ class DeviceUpdates:
         self._kernel: device_adamw.DeviceAdamW | None = None
         if not self._states:
             return
-        if device.in_host_memory:
+        if scratch is None and device.in_host_memory:
             self._host = Kernel(torch.get_num_threads())
         else:
             self._kernel = _kernel(scratch)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import reference
 from offload.planner import Buffers, Hardware, Plan
+from offload.planner.choice import everything_in_ram, may_live_on_device, nothing_in_ram, to_device
+from offload.planner.decide import Decision, as_plan
 from offload.planner.memory import reserve
+from offload.planner.placement import Problem
+from offload.planner.prediction import predict
 from torch import nn
 
 import offload
@@ -108,3 +113,22 @@ def engine(*arguments: Any, **plan: Any) -> Engine:
     """An engine for what `prepared` makes of the same arguments."""
     made = prepared(*arguments, **plan)
     return Engine.create(made.config, prepared=made)
+
+
+def living_on_device(
+    cfg: dict[str, Any], model: nn.Module, names: Collection[str] | None = None, rest: str = "nvme"
+) -> Prepared:
+    """A copy of `model` under a plan in which the named units live on the device, by default all that may; the state of
+    the others is in tier `rest`."""
+    hardware = replace(MACHINE, adamw_device=1e9)
+    made = prepare(offload.Config.load(cfg), copy.deepcopy(model), hardware)
+    w = made.workload
+    base = nothing_in_ram(w) if rest == "nvme" else everything_in_ram(w)
+    units = tuple(
+        to_device(c) if may_live_on_device(u, w, hardware) and (names is None or u.name in names) else c
+        for u, c in zip(w.units, base.units, strict=True)
+    )
+    choice = replace(base, units=units)
+    problem = Problem(w, hardware, made.budgets, choice.block_slots)
+    decision = Decision(problem, choice, predict(w, hardware, choice), "forced", "forced", None)
+    return replace(made, plan=as_plan(decision, 0.0))

@@ -247,7 +247,7 @@ def test_what_is_outside_of_all_pieces_stays(kernel: adamw.Kernel) -> None:
 def test_a_kernel_with_other_bits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check sees a multiply-add rounded in another place: a tail cut at the wrong length is enough."""
     pytest.importorskip("numba")
-    monkeypatch.setattr(adamw_jit, "_LANES", (1, 32))
+    monkeypatch.setattr(adamw_jit, "LANES", (1, 32))
     loaded = adamw_jit._load()
     assert loaded.jit is None
     assert "bits" in loaded.reasons["all"]

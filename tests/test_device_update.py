@@ -1,0 +1,204 @@
+"""Units that live on the device: the numbers are plain PyTorch's, and their state survives as everybody else's."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import forcing
+import pytest
+import reference
+import torch
+import zoo
+from offload.planner import memory
+from torch import nn
+
+import offload
+from offload.device_adamw import SCRATCH_BYTES
+from offload.device_home import DeviceHome
+from offload.engine import Engine
+from offload.errors import OffloadError
+
+ROWS = 2
+FIRST = ("model.embed_tokens", "model.layers.0")
+
+
+def run(engine: Engine, batches: list[dict[str, torch.Tensor]]) -> reference.Outcome:
+    """Every slot but the units' own is filled with NaN when released, so that a stale use would show."""
+    engine._method._weights._poison = True  # type: ignore[union-attr]
+    outcome = reference.Outcome()
+    for batch in batches:
+        result = engine.step(batch)
+        outcome.losses.append(result.loss)
+        outcome.norms.append(result.grad_norm)
+    outcome.weights = reference.weights(engine)
+    return outcome
+
+
+def assert_same(got: reference.Outcome, want: reference.Outcome) -> None:
+    assert got.losses == want.losses
+    assert got.norms == want.norms
+    assert not [name for name in want.weights if not torch.equal(got.weights[name], want.weights[name])]
+
+
+def on_device(engine: Engine) -> list[str]:
+    return [state.unit.name for state in engine._held.states.units if state.on_device is not None]
+
+
+@pytest.mark.parametrize(("dtype", "micro_batches"), [("float32", 1), ("float32", 3), ("bfloat16", 1), ("bfloat16", 3)])
+@pytest.mark.parametrize("limit", [None, reference.NORM])
+@pytest.mark.parametrize("names", [FIRST, None])
+def test_equal_to_plain_pytorch(
+    names: tuple[str, ...] | None, limit: float | None, dtype: str, micro_batches: int, fast_path: Path
+) -> None:
+    """Some units there and the others streamed from the store, or all of them there; every second step is committed."""
+    model = zoo.make("llama")
+    total = ROWS * micro_batches
+    batches = zoo.batches("llama", reference.STEPS, total)
+    want = reference.train(model, batches, ROWS, max_grad_norm=limit, dtype=getattr(torch, dtype))
+    changes = {"model.dtype": dtype, "train.max_grad_norm": limit, "train.commit_every": 2}
+    cfg = reference.config(fast_path / "run", ROWS, total, **changes)
+    prepared = forcing.living_on_device(cfg, model, names)
+    with Engine.create(prepared.config, prepared=prepared) as engine:
+        assert len(on_device(engine)) == (len(names) if names else 6)
+        assert_same(run(engine, batches), want)
+        assert engine.ledger.peak("gpu") <= engine.plan.peak_bytes["gpu"]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3_moe", "gemma3_text", "bert"])
+def test_other_architectures(name: str, fast_path: Path) -> None:
+    """A tied embedding, experts, layers of two kinds, an encoder; everything there that may be."""
+    model = zoo.make(name)
+    batches = zoo.batches(name, reference.STEPS, ROWS)
+    want = reference.train(model, batches, ROWS, takes_total=name not in zoo.OWN_LOSS)
+    prepared = forcing.living_on_device(reference.config(fast_path / "run", ROWS, ROWS), model, rest="cpu")
+    with Engine.create(prepared.config, prepared=prepared) as engine:
+        assert_same(run(engine, batches), want)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_with_the_kernel_of_a_gpu(dtype: str, fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stock operations in scratch memory, as on CUDA, instead of the CPU's kernel."""
+    monkeypatch.setattr(memory, "device_scratch", lambda w: SCRATCH_BYTES)
+    model = zoo.make("llama")
+    batches = zoo.batches("llama", reference.STEPS, ROWS)
+    want = reference.train(model, batches, ROWS, dtype=getattr(torch, dtype))
+    cfg = reference.config(fast_path / "run", ROWS, ROWS, **{"model.dtype": dtype})
+    prepared = forcing.living_on_device(cfg, model)
+    with Engine.create(prepared.config, prepared=prepared) as engine:
+        assert engine._method._on_device._kernel is not None  # type: ignore[union-attr]
+        assert_same(run(engine, batches), want)
+
+
+def test_frozen_weights_lie_beside_the_trained_ones(fast_path: Path) -> None:
+    model = zoo.make("llama")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("mlp" in name)
+    batches = zoo.batches("llama", reference.STEPS, ROWS)
+    want = reference.train(model, batches, ROWS)
+    prepared = forcing.living_on_device(reference.config(fast_path / "run", ROWS, ROWS), model)
+    with Engine.create(prepared.config, prepared=prepared) as engine:
+        assert on_device(engine) == [f"model.layers.{i}" for i in range(4)]
+        assert_same(run(engine, batches), want)
+
+
+@pytest.mark.parametrize("limit", [None, reference.NORM])
+@pytest.mark.parametrize("back", [False, True])
+def test_a_run_goes_on_with_another_plan(back: bool, limit: float | None, fast_path: Path) -> None:
+    """Units move to the device, or back, between two parts of a run; the second begins after a step that failed, when
+    the device had been updated already, from the last commit."""
+    model = zoo.make("llama")
+    batches = zoo.batches("llama", reference.STEPS, ROWS)
+    want = reference.train(model, batches, ROWS, max_grad_norm=limit)
+    changes = {"train.max_grad_norm": limit, "train.commit_every": 2}
+    cfg = reference.config(fast_path / "run", ROWS, ROWS, **changes)
+
+    def planned(there: bool) -> Any:
+        return forcing.living_on_device(cfg, model, None if there else ())
+
+    with pytest.raises(OffloadError, match="nothing of this step is committed"):  # noqa: SIM117
+        with Engine.create((first := planned(back)).config, prepared=first) as engine:
+            losses = [engine.step(batch).loss for batch in batches[:3]]  # of which two are committed
+            make_nan(engine.model)
+            engine.step(batches[3])
+    second = planned(not back)
+    with Engine.resume(fast_path / "run", prepared=second) as engine:
+        assert engine.completed_steps == 2
+        assert bool(on_device(engine)) is not back
+        losses[2:] = [engine.step(batch).loss for batch in batches[2:]]
+        assert losses == want.losses
+        got = reference.weights(engine)
+    assert all(torch.equal(got[name], value) for name, value in want.weights.items())
+
+
+def make_nan(model: nn.Module) -> None:
+    """From now on the first block's gradients are NaN."""
+    block = model.model.layers[0].mlp
+    block.down_proj.register_forward_hook(lambda *a: a[-1] * float("nan") if a[-1].requires_grad else None)
+
+
+def test_what_is_asked_for_between_steps(fast_path: Path) -> None:
+    """A commit that is not due, an evaluation and an export see the state on the device, and change nothing."""
+    model = zoo.make("llama")
+    batches = zoo.batches("llama", reference.STEPS, ROWS)
+    want = reference.train(model, batches, ROWS)
+    cfg = reference.config(fast_path / "run", ROWS, ROWS, **{"train.commit_every": 4})
+    prepared = forcing.living_on_device(cfg, model)
+    losses = []
+    with Engine.create(prepared.config, prepared=prepared) as engine:
+        for i, batch in enumerate(batches):
+            losses.append(engine.step(batch).loss)
+            engine.evaluate(batch)
+            if i == 0:
+                assert engine.commit() == 1
+        engine.save_pretrained(fast_path / "out")
+    assert losses == want.losses
+    saved = type(model).from_pretrained(fast_path / "out")
+    assert all(torch.equal(p, want.weights[name]) for name, p in saved.named_parameters())
+    with offload.resume(fast_path / "run") as engine:  # closing has committed, and this machine's plan has none there
+        assert engine.completed_steps == reference.STEPS
+        assert all(torch.equal(p, want.weights[name]) for name, p in reference.weights(engine).items())
+
+
+def test_state_leaves_before_the_next_update(fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step is committed, and copies of the state off the device are slow: the next update waits for them."""
+    model = zoo.make("llama")
+    batches = zoo.batches("llama", 3, ROWS)
+    want = reference.train(model, batches, ROWS, max_grad_norm=None)
+    cfg = reference.config(fast_path / "run", ROWS, ROWS, **{"train.max_grad_norm": None, "train.commit_every": 1})
+    prepared = forcing.living_on_device(cfg, model)
+    with Engine.create(prepared.config, prepared=prepared) as engine:
+        copy_now = engine._held.device.copy
+
+        def slowly(target: torch.Tensor, source: torch.Tensor) -> None:
+            time.sleep(0.02)
+            copy_now(target, source)
+
+        monkeypatch.setattr(engine._held.device, "copy", slowly)
+        for batch in batches:
+            engine.step(batch)
+        monkeypatch.undo()
+        engine.flush()
+    with offload.resume(fast_path / "run") as engine:
+        assert all(torch.equal(p, want.weights[name]) for name, p in reference.weights(engine).items())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_updates_leave_the_number_of_threads_as_it_is(dtype: str, fast_path: Path) -> None:
+    """Matrix products round as their number of threads has it: an update on the compute lane must not change that, nor
+    while the compiled kernel is not there yet."""
+    cfg = reference.config(fast_path / "run", ROWS, ROWS, **{"model.dtype": dtype, "train.max_grad_norm": None})
+    prepared = forcing.living_on_device(cfg, zoo.make("llama"))
+    with Engine.create(prepared.config, prepared=prepared) as engine:
+        host = engine._method._on_device._host  # type: ignore[union-attr]
+        host.wait()
+        host._jit = None
+        before = torch.get_num_threads()
+        engine.step(zoo.batches("llama", 1, ROWS)[0])
+        assert torch.get_num_threads() == before
+
+
+def test_a_buffer_that_is_too_small_is_refused() -> None:
+    with pytest.raises(OffloadError, match="needs 8192 bytes there, the plan gives it 4096"):
+        DeviceHome(torch.empty(4096, dtype=torch.uint8), {"param": 4000, "exp_avg": 4096})
