@@ -38,7 +38,8 @@ class Case:
     """A case. Sizes in bytes; `sequence` tokens per row; `cap` bounds the device memory of the process.
 
     `system` is "ours" or the name of a peer; `task` what it does: "train", "exact", "zo" or "longest".
-    `place`: "auto" (the RAM budget decides), or "nvme": a RAM budget that no state fits into.
+    `place`: "auto" (the planner's choice), "ram" (the same, but no unit lives on the device), "nvme" (nor does any
+    state fit into the RAM budget) or "device" (all units live there).
     `activations`: "auto", "recompute", "swap" (to RAM) or "swap-nvme", all of every block.
     `fits`: halve the micro-batch, for as many more, until the plan fits.
     """

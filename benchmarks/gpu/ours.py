@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 from offload.io.directfile import DirectFile
 from offload.planner.activations import can_choose
+from offload.planner.choice import may_live_on_device, to_device
 from offload.planner.decide import as_plan, decide
 from offload.planner.prediction import predict
 from torch import nn
@@ -47,8 +48,12 @@ def fitting(case: Case, directory: Path) -> Case:
 
 
 def planned(case: Case, cfg: offload.Config, model: nn.Module | None = None) -> Prepared:
-    """The run under the case's budgets, its activations where the case wants them."""
+    """The run under the case's budgets, its units and its activations where the case wants them."""
     prepared = prepare(cfg, model)
+    if case.place == "device":
+        return on_device(prepared)
+    if case.place != "auto":
+        prepared = streamed(prepared)
     return swapped(prepared, case.activations == "swap-nvme") if case.activations.startswith("swap") else prepared
 
 
@@ -56,6 +61,29 @@ def _extend(file: DirectFile, nbytes: int) -> None:
     """In place of reserving space: a file with holes."""
     with open(file.path, "r+b") as raw:
         raw.truncate(nbytes)
+
+
+def on_device(prepared: Prepared) -> Prepared:
+    """The run with every unit on the device, whatever the planner would choose."""
+    hardware = replace(prepared.hardware, adamw_device=prepared.hardware.adamw_device or 1.0)
+    w, mix = prepared.workload, decide(prepared.workload, prepared.budgets, hardware)
+    units = tuple(
+        to_device(c) if may_live_on_device(u, w, hardware) else c
+        for u, c in zip(w.units, mix.choice.units, strict=True)
+    )
+    choice = replace(mix.choice, units=units)
+    plan = as_plan(replace(mix, choice=choice, prediction=predict(w, hardware, choice)), 0.0)
+    return replace(prepared, plan=plan)
+
+
+def streamed(prepared: Prepared) -> Prepared:
+    """The run with no unit on the device."""
+    if not any(u.placement.get("exp_avg") == "gpu" for u in prepared.plan.units):
+        return prepared
+    hardware = replace(prepared.hardware, adamw_device=0.0)
+    return replace(
+        prepared, hardware=hardware, plan=as_plan(decide(prepared.workload, prepared.budgets, hardware), 0.0)
+    )
 
 
 def swapped(prepared: Prepared, to_nvme: bool) -> Prepared:

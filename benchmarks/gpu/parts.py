@@ -35,7 +35,7 @@ class Sizes:
 def exact(s: Sizes) -> Iterator[Case]:
     """Twenty steps against the reference."""
     common: dict[str, Any] = {"task": "exact", "shape": "tiny", "sequence": 256, "warm": 0, "steps": 20,
-                              "micro_batch": 2, "cpu": "auto"}  # fmt: skip
+                              "micro_batch": 2, "cpu": "auto", "place": "ram"}  # fmt: skip
     for dtype in ("float32", "bfloat16"):
         for name, changes in (
             ("ram", {}),
@@ -44,6 +44,8 @@ def exact(s: Sizes) -> Iterator[Case]:
             ("dropout, recompute", {"dropout": 0.1, "activations": "recompute"}),
             ("dropout, swap, M=3", {"dropout": 0.1, "activations": "swap", "micro_batches": 3}),
             ("nvme, swap to nvme", {"place": "nvme", "activations": "swap-nvme"}),
+            ("on the device", {"place": "device"}),
+            ("on the device, clip, M=3", {"place": "device", "clip": 1.0, "micro_batches": 3}),
             ("compiled", {"compile": True}),
         ):
             yield s.case(f"{dtype}, {name}", **{**common, "dtype": dtype, **changes})
@@ -58,11 +60,13 @@ def exact_verdict(s: Sizes, found: dict[str, Result]) -> dict[str, Any]:
 
 def overlap(s: Sizes) -> Iterator[Case]:
     """One step under the profiler, after others."""
-    common: dict[str, Any] = {"shape": "1b", "sequence": 1024, "micro_batch": 4, "profile": True, "warm": 3}
+    common: dict[str, Any] = {"shape": "1b", "sequence": 1024, "micro_batch": 4, "profile": True, "warm": 3,
+                              "place": "ram"}  # fmt: skip
     yield s.case("rates", task="rates")
     yield s.case("ram", micro_batches=8, **common)
     yield s.case("swap to ram", micro_batches=4, activations="swap", **common)
-    yield s.case("nvme", micro_batches=8, place="nvme", **common)
+    yield s.case("nvme", micro_batches=8, **{**common, "place": "nvme"})
+    yield s.case("on the device", micro_batches=8, **{**common, "place": "auto"})
 
 
 def overlap_verdict(s: Sizes, found: dict[str, Result]) -> dict[str, Any]:
@@ -92,7 +96,7 @@ def overlap_verdict(s: Sizes, found: dict[str, Result]) -> dict[str, Any]:
 def memory(s: Sizes) -> Iterator[Case]:
     """Peaks beside the plan."""
     for name, changes in (
-        ("ram", {}), ("nvme", {"place": "nvme"}), ("recompute", {"activations": "recompute"}),
+        ("ram", {"place": "ram"}), ("nvme", {"place": "nvme"}), ("recompute", {"activations": "recompute"}),
         ("float32", {"dtype": "float32", "micro_batch": 2}),
     ):  # fmt: skip
         yield s.case(name, **{"shape": "1b", "sequence": 1024, "micro_batch": 4, "micro_batches": 4, **changes})
