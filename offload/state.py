@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from offload import adamw
+from offload.errors import OffloadError
 from offload.io import (
     BLOCK,
     BlockSums,
@@ -304,6 +305,11 @@ class _Parts:
         else:
             part = self._buffer[self._end : self._end + nbytes]
             self._end += nbytes
+            if self._end > self._buffer.numel():
+                raise OffloadError(
+                    f"{role} of {self._state.unit.name} does not fit into its buffer of {self._buffer.numel()} bytes: "
+                    "the plan's placement and its buffers do not belong together; plan the run again"
+                )
         self._parts[role] = offset, part
         return part[:size].view(dtype)
 

@@ -31,7 +31,6 @@ STAGING_IN_PLACE = (2, 4 * MIB)  # count and bytes (a block of the store) where 
 # activations go to it
 CHUNK_ELEMENTS = 2 * MIB  # elements of one optimizer chunk
 UPDATE_COUNT = 3  # read ahead, update, write behind
-COPIED_BYTES = 4  # per element of a chunk, where state on the device passes through the buffers, one role at a time
 DEVICE_CHUNK = 1 * MIB  # elements that AdamW on a GPU updates at one time, ...
 DEVICE_SCRATCH = 20  # ... and the bytes of intermediate values that it has for each
 # What a run's process has beyond its footprint: what planning leaves (17 MiB on one machine, up to 50 on another, most
@@ -84,6 +83,13 @@ def device_home(unit: UnitProfile, w: Workload) -> int:
     return round_up(weight_bytes(unit, w)) + state
 
 
+def filled_bytes(w: Workload) -> int:
+    """Bytes per parameter that a chunk of weights and state passes through the buffers with, where it lives on the
+    device: its first values are made on the host."""
+    sizes = streamed_bytes(w)
+    return sizes["weights"] + sizes["state"]
+
+
 def is_large(unit: UnitProfile, w: Workload) -> bool:
     """Whether the unit is streamed through the "large" slot because a block slot is too small for its weights."""
     return unit.kind != "resident" and unit.trainable + unit.frozen > w.widest_block
@@ -108,7 +114,7 @@ def reserve(w: Workload, block_slots: int = 2, choice: Choice | None = None) -> 
     on_device = frozenset[int]()
     if choice is not None and any(c.on_device for _, c, _ in runs(w, choice)):
         on_device = choice.placed("state", "gpu")
-    least = max(min(chunk, PAGE), chunk * COPIED_BYTES if on_device else 0)
+    least = max(min(chunk, PAGE), chunk * filled_bytes(w) if on_device else 0)
     if ("slots", block_slots, on_device) not in w.worked_out:
         w.worked_out["slots", block_slots, on_device] = _device_slots(w, block_slots, on_device)
     buffers: list[Buffers] = [

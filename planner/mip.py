@@ -18,10 +18,10 @@ from offload.planner.activation_bytes import forward_workspace, kept_room, kept_
 from offload.planner.activations import can_choose, shares
 from offload.planner.choice import Choice, Role, UnitChoice, may_live_on_device, nothing_in_ram, to_device
 from offload.planner.memory import (
-    COPIED_BYTES,
     FRAMEWORK_MARGIN,
     device_home,
     device_scratch,
+    filled_bytes,
     is_large,
     moments,
     store_staging,
@@ -254,10 +254,10 @@ class _Model:
                 self.problem += n - pulp.lpSum(elsewhere) <= n * stored
             taken.append((whole * nbytes // sum(sizes.values()), stored))
             self.room["cpu"] += taken[-1][0]
-        if self.any_there is not None and whole:  # state on the device is copied through them, one role at a time
+        if self.any_there is not None and whole:  # state on the device passes through them
             share = self.problem.add_variable("chunks", 0, 1)
             self.problem += whole * share >= pulp.lpSum(n * stored for n, stored in taken)
-            self.problem += share >= COPIED_BYTES / sum(sizes.values()) * self.any_there
+            self.problem += share >= filled_bytes(w) / sum(sizes.values()) * self.any_there
             taken = [(whole, share)]
         self.used["cpu"] += taken
         self.room["cpu"] -= sum(b.count for b in ring) * PAGE  # the least there is

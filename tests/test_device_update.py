@@ -79,13 +79,14 @@ def test_other_architectures(name: str, fast_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_with_the_kernel_of_a_gpu(dtype: str, fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stock operations in scratch memory, as on CUDA, instead of the CPU's kernel."""
+    """Stock operations in scratch memory, as on CUDA, instead of the CPU's kernel; with nothing on the SSD, chunk
+    buffers are as small as they get."""
     monkeypatch.setattr(memory, "device_scratch", lambda w: SCRATCH_BYTES)
     model = zoo.make("llama")
     batches = zoo.batches("llama", reference.STEPS, ROWS)
     want = reference.train(model, batches, ROWS, dtype=getattr(torch, dtype))
     cfg = reference.config(fast_path / "run", ROWS, ROWS, **{"model.dtype": dtype})
-    prepared = forcing.living_on_device(cfg, model)
+    prepared = forcing.living_on_device(cfg, model, rest="cpu")
     with Engine.create(prepared.config, prepared=prepared) as engine:
         assert engine._method._on_device._kernel is not None  # type: ignore[union-attr]
         assert_same(run(engine, batches), want)

@@ -15,6 +15,7 @@ from offload.io.directfile import DirectFile
 from offload.planner.activations import can_choose
 from offload.planner.choice import may_live_on_device, to_device
 from offload.planner.decide import as_plan, decide
+from offload.planner.memory import bare_ram
 from offload.planner.prediction import predict
 from torch import nn
 
@@ -31,10 +32,11 @@ def opened(case: Case, cfg: offload.Config, model: nn.Module | None = None) -> I
         DirectFile.reserve = _extend  # type: ignore[assignment]
     prepared = planned(case, cfg, model)
     if case.place == "nvme":
-        homes = sum(prepared.plan.categories["cpu"].get(name, 0) for name in ("state", "gradient homes"))
-        cpu = prepared.plan.peak_bytes["cpu"] - homes
-        cfg = offload.Config.load(cfg, [f"memory.cpu={cpu}"])
-        prepared = planned(case, cfg, model if model is not None else prepared.model)
+        cpu, model = bare_ram(prepared.workload, prepared.plan), model if model is not None else prepared.model
+        for _ in range(3):  # with less RAM other slots and activations are chosen, which may take somewhat more
+            cfg = offload.Config.load(cfg, [f"memory.cpu={cpu}"])
+            prepared = planned(case, cfg, model)
+            cpu += prepared.plan.shortfall_bytes.get("cpu", 0)
     with Engine.create(cfg, prepared=prepared) as engine:
         yield engine
 
