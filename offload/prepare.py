@@ -12,7 +12,7 @@ import psutil
 import torch
 from torch import nn
 
-from offload import device_adamw, heap, models, rates
+from offload import heap, models, rates
 from offload.compiled import refuse_without_compilers
 from offload.config import Config
 from offload.device import keep_to_the_plan, optimizer_threads
@@ -105,7 +105,7 @@ def prepare(cfg: Config, model: nn.Module | None = None, hardware: Hardware | No
     if hardware is None:
         optimizer = partial(rates.adamw, threads=optimizer_threads(device))
         paths = [Path(p.path) for p in cfg.store_paths()]
-        on_device = partial(device_adamw.rate, torch.device(device))
+        on_device = partial(rates.adamw_on_device, device)
         hardware = probe(device, paths, adamw=optimizer, adamw_device=on_device)
     tiers = host_tiers(cfg.memory.cxl, here)
     hardware = with_rates(hardware, tiers.get("cxl"), here)

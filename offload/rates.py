@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from offload import device_adamw
 from offload.adamw import Hyper, Kernel
 from offload.device import limit_lane_threads
 from offload.state import CHUNK_ELEMENTS
@@ -19,6 +20,13 @@ def adamw(dtype: str, threads: int = 1) -> float:
     """Parameters per second of AdamW on the state of a run in `dtype`, as its lane works: by chunks, on `threads`."""
     with ThreadPoolExecutor(1, initializer=limit_lane_threads) as lane:
         return lane.submit(_measure, dtype, threads).result()
+
+
+def adamw_on_device(device: str) -> float:
+    """Parameters per second of AdamW where compute runs, on the split state; 0 where its bits are not the CPU's."""
+    if device == "cpu":
+        return adamw("bfloat16", torch.get_num_threads())
+    return device_adamw.rate(torch.device(device))
 
 
 def _measure(dtype: str, threads: int) -> float:

@@ -51,8 +51,8 @@ def probe(
     `device` is "cpu" or "cuda". A store path that does not exist is measured at its nearest existing parent; paths on
     one file system count once. A path that cannot be written counts at a slow drive's rates, and `source` says so.
     `adamw` measures the run's own optimizer: parameters per second by compute dtype, at the number of threads its lane
-    has; without it torch's fused AdamW is timed. `adamw_device` measures it on a "cuda" device: 0 where the device's
-    bits are not the CPU's; without it it is not offered there. On "cpu" it is not asked: the device's memory is RAM.
+    has; without it torch's fused AdamW is timed. `adamw_device` measures it where compute runs, 0 where the bits there
+    are not those of the CPU; without it units that live on the device are not offered.
     Raises ValueError for "cuda" without a CUDA device.
     """
     if device == "cuda" and not torch.cuda.is_available():
@@ -201,9 +201,8 @@ def _measure(
         source[f"cxl node {node}"] = f"{nbytes} bytes of memory on a NUMA node without CPUs; its rate is assumed"
     fused = adamw("float32") if adamw else _adamw_rate()
     ratio = adamw("bfloat16") / fused if adamw else SPLIT_RATIO
-    on_device = adamw_device() if adamw_device and device == "cuda" else 0.0
-    if device == "cuda":
-        source["adamw_device"] = "measured on this machine" if on_device else "not offered: not measured, or other bits"
+    on_device = adamw_device() if adamw_device else 0.0
+    source["adamw_device"] = "measured on this machine" if on_device else "not offered: not measured, or other bits"
     return Hardware(
         name=torch.cuda.get_device_name() if device == "cuda" else f"this machine ({os.cpu_count()} CPUs)",
         gpu_bytes=torch.cuda.mem_get_info()[0] if device == "cuda" else 0,

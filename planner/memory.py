@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from offload.planner.activation_bytes import (
     away_bytes,
@@ -306,12 +306,14 @@ def _worst(w: Workload, choice: Choice) -> tuple[int, int]:
 
 
 def bare_ram(w: Workload, plan: Plan) -> int:
-    """Bytes of RAM that the plan's buffers and device memory take when no state, gradient or swapped activation has a
-    home there: with this budget everything is streamed."""
-    homes = ("state", "gradient homes", "swapped activations")
-    ring = sum(b.total for b in reserve(w) if b.name == "update")  # for all roles, not only for those on NVMe today
-    sizes = plan.categories["cpu"]
-    return plan.peak_bytes["cpu"] - sum(sizes.get(name, 0) for name in homes) - sizes.get("update", 0) + ring
+    """Bytes of RAM that the plan takes, with its slots and activations, when no state, gradient or swapped activation
+    has a home there or on the device: with this budget everything is streamed."""
+    slots = plan.buffer("weights.block")
+    shares: list[Any] = [{**u.activations, "boundary": u.placement["activation"]} for u in plan.units]
+    units = tuple(UnitChoice(**share) for share in shares)
+    choice = Choice(units, slots.count if slots else 2)
+    sizes = peaks(w, reserve(w, choice.block_slots, choice), choice)["cpu"]
+    return sum(sizes.values()) - sizes.get("swapped activations", 0)
 
 
 def lower_bound(w: Workload) -> int:
