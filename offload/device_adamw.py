@@ -77,7 +77,11 @@ class DeviceAdamW:
             g.mul_(hyper.coefficient.item())
         whole = chunk.param if low is None else _merge(chunk.param, low, v, master, a)
         torch.sub(g, m, out=a)
-        self._multiply_add(1 - hyper.beta1, a, m, out=m)
+        weight = _float32(1 - hyper.beta1)
+        if weight < 0.5:  # as torch's lerp has it
+            self._multiply_add(weight, a, m, out=m)
+        else:
+            self._multiply_add(weight - 1, a, g, out=m)
         self._second_moment(v, g, n - tail, hyper, a, b)
         self._root(v, out=a)
         a.div_(correction)  # a tensor on the device: by a number on the host CUDA multiplies with its inverse
@@ -119,7 +123,7 @@ class DeviceAdamW:
         product, addend, total, rest = (t[: x.numel()] for t in self._wide)
         product.copy_(x)
         if isinstance(factor, float):
-            product.mul_(torch.tensor(factor, dtype=torch.float32).item())
+            product.mul_(_float32(factor))
         else:
             product.mul_(addend.copy_(factor))
         addend.copy_(y)
@@ -134,6 +138,10 @@ class DeviceAdamW:
         torch.bitwise_and(bits, 1, out=odd)
         bits.add_(away.mul_(odd.bitwise_xor_(1)))
         out.copy_(total)
+
+
+def _float32(value: float) -> float:
+    return torch.tensor(value, dtype=torch.float32).item()
 
 
 def _merge(weight: Tensor, low: Tensor, exp_avg_sq: Tensor, out: Tensor, scratch: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from offload.errors import ConfigError, OffloadError
 from offload.io import Extent, Ledger, Ring, Store, StorePath
 from offload.memory_record import MemoryRecord
 from offload.planner.activation_bytes import kept_room
-from offload.planner.measure import bandwidths
+from offload.planner.drives import bandwidths
 from offload.prepare import Prepared
 from offload.run_place import IO_CHOICE
 from offload.rundir import RunDirectory

@@ -7,9 +7,7 @@ Rates are cached per machine and store path; how much RAM is free is looked up e
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import itertools
 import json
 import mmap
 import os
@@ -17,26 +15,22 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
 import torch
+from offload.planner.drives import SLOW_DRIVE, drive_rates, file_systems
 from offload.planner.plan import SPLIT_RATIO, Hardware
 from torch import Tensor
 
 SYSTEM_SHARE = 0.10  # of RAM, left to the system ...
 SYSTEM_BYTES = 2 << 30  # ... and at least this much
 _VERSION = 5  # of what is measured and how; part of the cache key
-_FILE_BYTES = 256 << 20
+_LINK_BYTES = 256 << 20  # copied to and from the device
 _COPY_BYTES = 64 << 20  # copied within RAM: more than a cache holds, and no more than the smallest runs reserve
-_BLOCK = 8 << 20
 _SECONDS = 0.15  # per measurement
-_DRIVE_SECONDS = 0.6  # per direction, after which no new block is started ...
-_PASSES = 4  # ... nor when the file was passed so many times: writes wear the drive
-_QUEUE = 4  # blocks in flight
 
 
 def probe(
@@ -57,7 +51,7 @@ def probe(
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("memory.device is 'cuda', but there is no CUDA device here; use 'cpu' or 'auto'")
-    drives = _file_systems(store_paths)
+    drives = file_systems(store_paths)
     cache = cache_directory() / f"hardware-{machine_key(device, drives)}.json"
     if not refresh:
         cached = _load(cache)
@@ -127,38 +121,6 @@ def _statistic(path: Path, name: str) -> int:
         return 0
 
 
-def _file_systems(paths: Sequence[str | Path]) -> dict[int, Path]:
-    """One existing directory per file system under the paths."""
-    found: dict[int, Path] = {}
-    for path in paths:
-        directory = Path(path).expanduser().absolute()
-        while not directory.is_dir():
-            directory = directory.parent
-        found.setdefault(os.stat(directory).st_dev, directory)
-    return found
-
-
-def bandwidths(paths: Sequence[str | Path]) -> list[float] | None:
-    """For each path, the bytes per second at which its drive reads and writes equal amounts in turn, measured now.
-
-    None when they need not be told apart: paths on one file system, a drive that could not be measured, or rates within
-    a quarter of each other, which on a busy drive is chance.
-    """
-    devices = [next(iter(_file_systems([path]).items())) for path in paths]
-    drives = dict(devices)
-    if len(drives) < 2:
-        return None
-    rates = {}
-    for device, directory in drives.items():
-        read, write, _, how = _drive_rates(directory)
-        if how.startswith("assumed"):
-            return None
-        # paths that share a drive share its rate
-        rates[device] = 2 / (1 / read + 1 / write) / sum(other == device for other, _ in devices)
-    found = [rates[device] for device, _ in devices]
-    return None if min(found) > 0.75 * max(found) else found
-
-
 def machine_key(device: str, drives: dict[int, Path]) -> str:
     """Equal where the same rates are to be expected: this machine, PyTorch, its threads, the device, the drives."""
     gpu = torch.cuda.get_device_name() if device == "cuda" else ""
@@ -190,12 +152,12 @@ def _measure(
         h2d, d2h, link_duplex = _link_rates()
     reads, writes, together = 0.0, 0.0, []
     for directory in drives.values():
-        read, write, duplex, how = _drive_rates(directory)
+        read, write, duplex, how = drive_rates(directory)
         reads, writes = reads + read, writes + write
         together.append(duplex)
         source[f"nvme {directory}"] = how
     if not drives:
-        reads, writes, source["nvme"] = *_SLOW_DRIVE[:2], "assumed: no store path given"
+        reads, writes, source["nvme"] = *SLOW_DRIVE[:2], "assumed: no store path given"
     nodes = cxl_nodes()
     for node, nbytes in nodes.items():
         source[f"cxl node {node}"] = f"{nbytes} bytes of memory on a NUMA node without CPUs; its rate is assumed"
@@ -253,8 +215,8 @@ def _copy_rate(source: Tensor, target: Tensor) -> float:
 
 def _link_rates() -> tuple[float, float, float]:
     """(host to device, device to host) bytes per second alone, and what both reach together in units of one."""
-    host_in, host_out = (torch.frombuffer(mmap.mmap(-1, _FILE_BYTES), dtype=torch.float32) for _ in range(2))
-    there_in, there_out = (torch.ones(_FILE_BYTES // 4, device="cuda") for _ in range(2))
+    host_in, host_out = (torch.frombuffer(mmap.mmap(-1, _LINK_BYTES), dtype=torch.float32) for _ in range(2))
+    there_in, there_out = (torch.ones(_LINK_BYTES // 4, device="cuda") for _ in range(2))
     with _page_locked(host_in), _page_locked(host_out):
         return _rates_of(host_in, host_out, there_in, there_out)
 
@@ -281,7 +243,7 @@ def _rates_of(host_in: Tensor, host_out: Tensor, there_in: Tensor, there_out: Te
                 target.copy_(source, non_blocking=True)
 
     seconds = _best_seconds(both, "cuda")
-    return h2d, d2h, _duplex(_FILE_BYTES / h2d + _FILE_BYTES / d2h, seconds)
+    return h2d, d2h, _duplex(_LINK_BYTES / h2d + _LINK_BYTES / d2h, seconds)
 
 
 def _duplex(alone: float, together: float) -> float:
@@ -320,89 +282,3 @@ def cxl_nodes(nodes: Path = Path("/sys/devices/system/node")) -> dict[int, int]:
         if not cpus and kib:
             found[int(node.name[4:])] = kib * 1024
     return dict(sorted(found.items()))
-
-
-_SLOW_DRIVE = (2.0e9, 1.0e9, 1.0)
-
-
-def _drive_rates(directory: Path) -> tuple[float, float, float, str]:
-    """(read, write) bytes per second of the file system at `directory` alone, both together, and how it was found."""
-    try:
-        descriptor, name = tempfile.mkstemp(prefix=".offload-probe-", dir=directory)
-    except OSError as error:
-        return *_SLOW_DRIVE, f"assumed: {directory} cannot be written ({error.strerror})"
-    os.close(descriptor)
-    try:
-        direct = getattr(os, "O_DIRECT", 0)
-        try:
-            file = os.open(name, os.O_RDWR | direct)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            direct, file = 0, os.open(name, os.O_RDWR)
-        try:
-            blocks, write = _transfer(file, range(_FILE_BYTES // _BLOCK), _write)
-            os.fsync(file)
-            if not direct and hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-            _, read = _transfer(file, range(blocks), _read)
-            duplex = _together(file, blocks, read, write)
-        finally:
-            os.close(file)
-    except OSError as error:
-        return *_SLOW_DRIVE, f"assumed: measuring at {directory} failed ({error.strerror})"
-    finally:
-        os.unlink(name)
-    how = "measured with O_DIRECT" if direct else "measured through the page cache: no O_DIRECT here"
-    return read, write, duplex, how
-
-
-def _write(file: int, buffer: mmap.mmap, offset: int) -> int:
-    return os.pwrite(file, buffer, offset)
-
-
-def _read(file: int, buffer: mmap.mmap, offset: int) -> int:
-    return os.preadv(file, [buffer], offset)
-
-
-def _together(file: int, blocks: int, read: float, write: float) -> float:
-    """What reads of one half of the file and writes of the other reach at once, in units of either alone."""
-    half = blocks // 2
-    if not half:
-        return 1.0
-    with ThreadPoolExecutor(2) as pool:
-        jobs = [
-            pool.submit(_transfer, file, range(half), _read), pool.submit(_transfer, file, range(half, blocks), _write),
-        ]  # fmt: skip
-        (_, reading), (_, writing) = [job.result() for job in jobs]
-    return min(2.0, max(1.0, reading / read + writing / write))
-
-
-def _transfer(file: int, blocks: range, move: Callable[[int, mmap.mmap, int], int]) -> tuple[int, float]:
-    """Move the blocks over and over, `_QUEUE` at a time, and sync; returns how many of them were moved, and bytes per
-    second. A tenth of a second would not do: drives, and virtual ones above all, begin slowly."""
-    begin, turn = time.perf_counter(), itertools.count()
-
-    def work(_: int) -> int:
-        with _buffer() as buffer:
-            buffer.write(os.urandom(4096) * (_BLOCK // 4096))  # a drive that compresses must not look fast
-            for moved in itertools.count():
-                if time.perf_counter() - begin > _DRIVE_SECONDS or (i := next(turn)) >= _PASSES * len(blocks):
-                    return moved
-                if move(file, buffer, blocks[i % len(blocks)] * _BLOCK) != _BLOCK:
-                    raise OSError(errno.EIO, "short transfer")
-        raise AssertionError("counting ends nowhere")
-
-    with ThreadPoolExecutor(_QUEUE) as pool:
-        moved = sum(pool.map(work, range(_QUEUE)))
-    os.fsync(file)
-    return min(moved, len(blocks)), moved * _BLOCK / (time.perf_counter() - begin)
-
-
-def _buffer() -> mmap.mmap:
-    """Memory as the engine transfers from and to: in huge pages, with which a virtual drive was seen to read 3.7 GB/s
-    instead of 1.2."""
-    buffer = mmap.mmap(-1, _BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        buffer.madvise(mmap.MADV_HUGEPAGE)
-    return buffer

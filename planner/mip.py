@@ -16,7 +16,7 @@ from typing import Any
 import pulp
 from offload.planner.activation_bytes import forward_workspace, kept_room, kept_workspace
 from offload.planner.activations import can_choose, shares
-from offload.planner.choice import Choice, Role, UnitChoice, may_live_on_device, nothing_in_ram, to_device
+from offload.planner.choice import Choice, UnitChoice, may_live_on_device, nothing_in_ram, to_device
 from offload.planner.memory import (
     FRAMEWORK_MARGIN,
     device_home,
@@ -27,6 +27,7 @@ from offload.planner.memory import (
     store_staging,
     streamed_bytes,
 )
+from offload.planner.mip_groups import Group, chosen
 from offload.planner.pages import PAGE, round_up
 from offload.planner.placement import ROLES, Problem, top_up
 from offload.planner.plan import UnitProfile
@@ -36,7 +37,6 @@ from offload.planner.unit_bytes import gradient_bytes, gradient_home, item_bytes
 
 GAP = 1e-6
 TOLERANCE = 1e-6  # by which solvers may exceed a constraint
-NOTHING = 1e-9  # of a micro-batch: what a solver leaves where it means 0
 
 
 @dataclass(frozen=True)
@@ -48,22 +48,6 @@ class Solution:
     seconds: float
 
 
-@dataclass
-class _Group:
-    members: list[int]
-    unit: UnitProfile
-    roles: dict[tuple[Role, str], Any]  # (role, tier): units that have it there
-    boundaries: dict[str, Any]
-    there: Any = None  # units on the device, where that is offered
-    kept: Any = 0  # of micro-batches of all members
-    recomputed: Any = 0
-    swapped: dict[str, Any] | None = None
-    any_again: Any = 0  # whether any is recomputed
-    any_swap: Any = 0
-    any_kept: Any = 0  # where what they save needs room in forward
-    forward: tuple[int, int] = (0, 0)  # the framework's bytes of a pass beyond one without grad: kept, swapped
-
-
 def solve(p: Problem, time_limit: float, start: Choice | None = None) -> Solution:
     """The best choice found from `start` on. Raises SolverFailed when the solver crashes or ends with no incumbent."""
     begin = time.perf_counter()
@@ -71,7 +55,7 @@ def solve(p: Problem, time_limit: float, start: Choice | None = None) -> Solutio
     if start is not None:
         model.begin_from(start)
     optimal = run(model.problem, time_limit, GAP)
-    choice = model.choice()
+    choice = chosen(model.groups, model.base, model.tiers, p.w)
     if min(p.room(choice)[tier] for tier in ("gpu", "cpu", "cxl")) < 0:
         raise SolverFailed("the solution exceeds a budget by the solver's tolerance")
     best = min(choice, top_up(p, choice), key=p.score)
@@ -103,17 +87,17 @@ class _Model:
     def _binary(self, name: str) -> Any:
         return self.problem.add_variable(name, 0, 1, "Integer")
 
-    def _groups(self) -> list[_Group]:
+    def _groups(self) -> list[Group]:
         members: dict[int, list[int]] = {}
         for i, first in enumerate(self.w.alike):
             members.setdefault(first, []).append(i)
         return [self._group(number, group) for number, group in enumerate(members.values())]
 
-    def _group(self, number: int, members: list[int]) -> _Group:
+    def _group(self, number: int, members: list[int]) -> Group:
         w, n = self.w, len(members)
         unit, c = w.units[members[0]], self.base.units[members[0]]
         add, m = self.problem.add_variable, w.micro_batches
-        group = _Group(members, unit, {}, {})
+        group = Group(members, unit, {}, {})
         for role in ROLES:
             if not item_bytes(unit, role, w):
                 continue
@@ -139,7 +123,7 @@ class _Model:
             self._activations(group, number, c)
         return group
 
-    def _activations(self, group: _Group, number: int, c: UnitChoice) -> None:
+    def _activations(self, group: Group, number: int, c: UnitChoice) -> None:
         """Shares in micro-batches of all the group's units; per micro-batch costs are those of a unit over M."""
         w, unit, n = self.w, group.unit, len(group.members)
         m, add = w.micro_batches, self.problem.add_variable
@@ -219,7 +203,7 @@ class _Model:
             what, _, kind = b.name.partition(".")
             if what not in sizes or kind not in ("block", "large") or (what == "gradients" and not w.clipping):
                 continue
-            users: dict[int, list[_Group]] = {}
+            users: dict[int, list[Group]] = {}
             for g in self.groups:
                 waits = what == "gradients" and g.unit.held  # in a buffer of its own
                 if g.unit.kind != "resident" and is_large(g.unit, w) == (kind == "large") and not waits:
@@ -364,51 +348,3 @@ class _Model:
                 x.setInitialValue(sum(start.units[i].tier(role) == tier for i in g.members))
             if g.there is not None:
                 g.there.setInitialValue(sum(start.units[i].on_device for i in g.members))
-
-    def choice(self) -> Choice:
-        """The solved counts as a choice: of each group the last units first, but on the device the first, whose updates
-        nothing hides; what is recomputed is spread evenly among what is swapped, so that transfers always have compute
-        beside them."""
-        units = list(self.base.units)
-        m = self.w.micro_batches
-        for g in self.groups:
-            last_first = sorted(g.members, reverse=True)
-            there = 0 if g.there is None else round(g.there.value() or 0)
-            for i in sorted(g.members)[:there]:
-                units[i] = to_device(units[i])
-            for role in ROLES:
-                at = 0
-                for tier in self.tiers:
-                    if (role, tier) not in g.roles:
-                        continue
-                    count = round(g.roles[role, tier].value() or 0)
-                    for i in last_first[at : at + count]:
-                        units[i] = units[i].with_tier(role, tier)
-                    at += count
-            at = 0
-            for tier, x in g.boundaries.items():
-                count = round(x.value() or 0)
-                for i in sorted(g.members)[at : at + count]:
-                    units[i] = replace(units[i], boundary=tier)
-                at += count
-            if g.swapped is None:
-                continue
-            kept = float(g.kept.value() or 0)
-            away = {tier: float(x.value() or 0) for tier, x in g.swapped.items()}
-            away = {tier: x if x > NOTHING else 0.0 for tier, x in away.items()}
-            again = round(g.recomputed.value() or 0) / max(1e-9, len(g.members) * m - kept)  # of what is not kept
-            due = 0.0
-            for i in last_first:
-                part = min(kept, float(m))
-                kept -= part
-                left, taken = m - part, {}
-                due += again * left
-                whole = min(int(due + 1e-6), int(left + 1e-6))  # spread evenly, in whole micro-batches
-                due -= whole
-                left -= whole
-                for tier in away:
-                    taken[tier] = min(away[tier], left)
-                    away[tier] -= taken[tier]
-                    left -= taken[tier]
-                units[i] = shares(units[i], self.w, part / m, {tier: n / m for tier, n in taken.items()})
-        return replace(self.base, units=tuple(units))

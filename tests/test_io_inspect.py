@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from offload.io import BLOCK, Extent, Ledger, Store, StoreError, StorePath, allocate, choose, inspect, used_share
-from offload.planner import measure
+from offload.planner import drives
 from typer.testing import CliRunner
 
 from offload import cli, doctor, tables
@@ -183,9 +183,9 @@ def test_the_snippets_of_the_storage_page_run(tmp_path: Path, monkeypatch: pytes
 def test_drives_are_told_apart_when_they_differ(
     rates: dict[str, tuple[float, float]], expected: list[float] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure, "_file_systems", lambda paths: {hash(paths[0]): Path(paths[0])})
-    monkeypatch.setattr(measure, "_drive_rates", lambda path: (*rates[str(path)], 1.0, "measured"))
-    found = measure.bandwidths(list(rates))
+    monkeypatch.setattr(drives, "file_systems", lambda paths: {hash(paths[0]): Path(paths[0])})
+    monkeypatch.setattr(drives, "drive_rates", lambda path: (*rates[str(path)], 1.0, "measured"))
+    found = drives.bandwidths(list(rates))
     assert found == (None if expected is None else pytest.approx(expected))
-    monkeypatch.setattr(measure, "_drive_rates", lambda path: (1.0, 1.0, 1.0, "assumed: it cannot be written"))
-    assert measure.bandwidths(list(rates)) is None
+    monkeypatch.setattr(drives, "drive_rates", lambda path: (1.0, 1.0, 1.0, "assumed: it cannot be written"))
+    assert drives.bandwidths(list(rates)) is None
