@@ -139,7 +139,11 @@ class Worker(Protocol):
 
 
 def equal_bits(
-    worker: Worker, param_dtype: torch.dtype, grad_dtype: torch.dtype, device: torch.device = _HOST
+    worker: Worker,
+    param_dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    device: torch.device = _HOST,
+    beta1: float = 0.9,
 ) -> bool:
     """Whether two steps over random state on the device leave the bits that stock operations leave on the CPU."""
     generator = torch.Generator().manual_seed(0)
@@ -150,7 +154,7 @@ def equal_bits(
         chunk = chunk.to(device)
         coefficient = torch.tensor(0.37) if number else None
         for step in (1, 2):
-            hyper = Hyper(1e-3, 0.9, 0.999, 1e-8, weight_decay, coefficient)
+            hyper = Hyper(1e-3, beta1, 0.999, 1e-8, weight_decay, coefficient)
             counted = [(start, stop, step) for start, stop, _ in pieces]
             worker.part(chunk, counted, hyper)
             stock.part(expected, counted, hyper)

@@ -219,6 +219,11 @@ def optimizer_threads(device: str) -> int:
     return 1 if device == "cpu" else max(1, min(_MOST_OPTIMIZER_THREADS, len(os.sched_getaffinity(0)) - _OTHER_LANES))
 
 
+def compute_threads() -> int:
+    """How many threads an update takes where compute runs on the CPU: each keeps some scratch."""
+    return min(_MOST_OPTIMIZER_THREADS, torch.get_num_threads())
+
+
 def limit_lane_threads() -> None:
     """Give the calling lane thread one OpenMP thread, so that lanes do not each grow a pool beside compute's, and let
     it yield to compute (`yield_to_compute`).

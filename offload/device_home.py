@@ -84,9 +84,7 @@ def send(
         part = source[first : first + size]
         with trace.span("d2h", f"state of {state.unit.name}", part.numel()):
             device.copy(buffer[: part.numel()], part)
-        padded = buffer[: round_up(part.numel())]
-        padded[part.numel() :].zero_()
-        request = state.write(role, first, padded)
+        request = state.write(role, first, buffer[: round_up(part.numel())])
         writes.add(role, request)
         request.add_done_callback(partial(_written, release, buffer))
         first += size
@@ -99,6 +97,7 @@ def _written(release: Callable[[Tensor], None], buffer: Tensor, _: Request) -> N
 def write(states: Sequence[UnitState], staging: Ring, device: Device, timeout: float) -> None:
     """Write all that lives on the device to the store and publish it, between two commits that are due."""
     writer = Writer(staging, timeout)
+    device.wait(device.mark())  # for updates that were launched
     for state in states:
         if state.on_device is None:
             continue

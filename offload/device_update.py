@@ -14,7 +14,7 @@ from torch import Tensor
 
 from offload import device_adamw
 from offload.adamw import Chunk, Hyper, Kernel
-from offload.device import Device
+from offload.device import Device, compute_threads
 from offload.errors import OffloadError
 from offload.state import UnitState, role_dtype
 from offload.trace import Trace
@@ -27,7 +27,8 @@ class DeviceUpdates:
     """Updates units on the device, and has the optimizer lane write them where a step is to be committed.
 
     Args:
-        scratch: memory of the device's kernel; None on a CPU, which has the optimizer's own kernel on all threads.
+        scratch: memory of the device's kernel; None on a CPU, which has the optimizer's own kernel on all threads
+            (but in tests of the other one).
         timeout: seconds that an update waits for an earlier state to be copied away.
     """
 
@@ -53,7 +54,7 @@ class DeviceUpdates:
         if not self._states:
             return
         if scratch is None and device.in_host_memory:
-            self._host = Kernel(torch.get_num_threads())
+            self._host = Kernel(compute_threads())
         else:
             self._kernel = _kernel(scratch)
 
@@ -71,7 +72,13 @@ class DeviceUpdates:
         leaving = self._leaving.pop(unit.index, None)
         if leaving is not None and not leaving.done():
             with self._trace.stall("state", unit.name):
-                leaving.result(self._timeout)
+                try:
+                    leaving.result(self._timeout)
+                except TimeoutError:
+                    raise OffloadError(
+                        f"the state of {unit.name} was not copied from the device within {self._timeout:.0f} s for the "
+                        "commit before; see the trace's d2h and nvme_write lanes for what holds it"
+                    ) from None
         state = self._states[unit.index]
         pieces = [
             (slot.offset, slot.offset + slot.numel, steps[slot.name])
@@ -87,11 +94,12 @@ class DeviceUpdates:
                     chunk.param, chunk.low, chunk.grad, chunk.exp_avg, chunk.exp_avg_sq, pieces, hyper
                 )  # fmt: skip
 
-    def write(self, unit: Unit, hyper: Hyper) -> None:
-        """Write the unit's state, as it is when what was launched is done, to the store for this step's commit."""
+    def write(self, unit: Unit, hyper: Hyper, waited: bool = False) -> None:
+        """Write the unit's state to the store for this step's commit, as it is when what was launched is done; a lane
+        that calls this has `waited` for that."""
         home = self._states[unit.index].on_device
         assert home is not None
-        lent = Lent(home.part("param"), True, self._device.mark())
+        lent = Lent(home.part("param"), True, None if waited else self._device.mark())
         self._leaving[unit.index] = lent.filled
         self._updates.submit(unit, set(), {}, hyper, durable=True, lent=lent)
 

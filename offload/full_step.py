@@ -306,7 +306,7 @@ class FullStep:
         if self._on_device.has(unit):
             if not self._clips:
                 self._update_on_device(unit, None)
-            self._gradients.close_unit(unit, stay=self._clips)
+            self._gradients.close_unit(unit, update=not self._clips and self._durable, stay=self._clips)
             return
         now = not self._clips or (self._trial is not None and self._updates.can_try(unit))
         if bound and now:
@@ -350,13 +350,8 @@ class FullStep:
                 self._lent.clear()
             self._trial.set_result(unclipped)
         first_use = {index: i for i, index in reversed(list(enumerate(self._visits[True])))}
-        order = []
-        for index in sorted(gradients, key=lambda i: first_use.get(i, -1)):
-            if self._on_device.has(self._units[index]):
-                self._update_on_device(self._units[index], coefficient)
-                self._gradients.release(self._units[index])
-            elif index not in tried:
-                order.append(self._units[index])
+        in_order = [self._units[i] for i in sorted(gradients, key=lambda i: first_use.get(i, -1)) if i not in tried]
+        order = [unit for unit in in_order if not self._on_device.has(unit)]
         for unit in order:
             gradient = gradients[unit.index]
             self._updates.defer(
@@ -364,6 +359,12 @@ class FullStep:
             )
         held = [unit for unit in order if self._weights.holds(unit)]
         self._updates.expect([u for u in order if gradients[u.index].present], ("param", *_STATE, "grad"), held)
+        for unit in in_order:
+            if self._on_device.has(unit):
+                self._update_on_device(unit, coefficient)
+                self._gradients.release(unit)
+                if self._durable:
+                    self._on_device.write(unit, self._hyper(coefficient))
 
     def _update_on_device(self, unit: Unit, coefficient: Tensor | None) -> None:
         """The unit lives on the device: update it there, from its gradient's slot."""
@@ -371,12 +372,15 @@ class FullStep:
         hyper = self._hyper(coefficient)
         self._on_device.step(unit, summed, gradient.present, self._counts.count(gradient), hyper)
         self._weights.changed(unit)
-        if self._durable:
-            self._on_device.write(unit, hyper)
 
     def _update_landed(self, gradient: UnitGradient, host: Tensor, done: Callable[[], None]) -> None:
         """Without clipping, or for a trial: the gradient lane calls this when a unit's gradient is on the host."""
-        unit, steps = gradient.unit, self._counts.count(gradient)
+        unit = gradient.unit
+        if self._on_device.has(unit):  # updated before the gradient left; what is due is written
+            self._on_device.write(unit, self._hyper(None), waited=True)
+            done()
+            return
+        steps = self._counts.count(gradient)
         lent = self._lent.get(unit.index)
         self._updates.submit(
             unit, gradient.present, steps, self._hyper(None), self._durable, host, done, lent, self._trial

@@ -286,9 +286,7 @@ class GradientStream:
                         _refuse_non_finite(slot.name, part)
         self._finished[unit.index] = gradient
         waits = self._keep and state.on_device is None
-        users = Countdown(waits + update, done)
-        if not waits and not update:  # it is used on the device
-            done()
+        users = Countdown(1 + waits + update, done)
         if update:
             self._update(gradient, host, users.down)
         if waits:
@@ -300,6 +298,7 @@ class GradientStream:
                     copy(home[:nbytes], host[:nbytes], state.tiers["grad"])
             finally:
                 users.down()
+        users.down()
 
     def _landed(self, entry: _Open, update: bool) -> tuple[Tensor, Callable[[], None]]:
         """The summed gradient on the host, and what gives its buffer back.

@@ -106,7 +106,8 @@ def prepare(cfg: Config, model: nn.Module | None = None, hardware: Hardware | No
         optimizer = partial(rates.adamw, threads=optimizer_threads(device))
         paths = [Path(p.path) for p in cfg.store_paths()]
         on_device = partial(rates.adamw_on_device, device)
-        hardware = probe(device, paths, adamw=optimizer, adamw_device=on_device)
+        measured = probe(device, paths, adamw=optimizer, adamw_device=on_device)
+        hardware = rates.with_known_bits(measured, device)
     tiers = host_tiers(cfg.memory.cxl, here)
     hardware = with_rates(hardware, tiers.get("cxl"), here)
     budgets, machine = _budgets(cfg, hardware, device), hardware

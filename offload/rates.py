@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 
 from offload import device_adamw
 from offload.adamw import Hyper, Kernel
-from offload.device import limit_lane_threads
+from offload.device import compute_threads, limit_lane_threads
+from offload.planner import Hardware
 from offload.state import CHUNK_ELEMENTS
 
 _CHUNKS = 4  # more bytes than a cache holds
@@ -24,9 +26,19 @@ def adamw(dtype: str, threads: int = 1) -> float:
 
 def adamw_on_device(device: str) -> float:
     """Parameters per second of AdamW where compute runs, on the split state; 0 where its bits are not the CPU's."""
-    if device == "cpu":
-        return adamw("bfloat16", torch.get_num_threads())
-    return device_adamw.rate(torch.device(device))
+    return adamw("bfloat16", compute_threads()) if device == "cpu" else device_adamw.rate(_cuda())
+
+
+def with_known_bits(hardware: Hardware, device: str) -> Hardware:
+    """Rates may be from a cache, and drivers change: without the rate of AdamW on a device whose bits are not, today,
+    those of the CPU."""
+    if device == "cpu" or not hardware.adamw_device or device_adamw.find(_cuda()) is not None:
+        return hardware
+    return replace(hardware, adamw_device=0.0)
+
+
+def _cuda() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _measure(dtype: str, threads: int) -> float:

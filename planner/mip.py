@@ -240,7 +240,7 @@ class _Model:
             self.room["cpu"] += taken[-1][0]
         if self.any_there is not None and whole:  # state on the device passes through them
             share = self.problem.add_variable("chunks", 0, 1)
-            self.problem += whole * share >= pulp.lpSum(n * stored for n, stored in taken)
+            self.problem += share >= pulp.lpSum(n / whole * stored for n, stored in taken)
             self.problem += share >= filled_bytes(w) / sum(sizes.values()) * self.any_there
             taken = [(whole, share)]
         self.used["cpu"] += taken

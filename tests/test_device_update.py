@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from offload.planner import memory
 from torch import nn
 
 import offload
+from offload import full_step
 from offload.device_adamw import SCRATCH_BYTES
 from offload.device_home import DeviceHome
 from offload.engine import Engine
@@ -66,13 +68,15 @@ def test_equal_to_plain_pytorch(
         assert engine.ledger.peak("gpu") <= engine.plan.peak_bytes["gpu"]
 
 
+@pytest.mark.parametrize("limit", [None, reference.NORM])
 @pytest.mark.parametrize("name", ["gpt2", "qwen3_moe", "gemma3_text", "bert"])
-def test_other_architectures(name: str, fast_path: Path) -> None:
+def test_other_architectures(name: str, limit: float | None, fast_path: Path) -> None:
     """A tied embedding, experts, layers of two kinds, an encoder; everything there that may be."""
     model = zoo.make(name)
     batches = zoo.batches(name, reference.STEPS, ROWS)
-    want = reference.train(model, batches, ROWS, takes_total=name not in zoo.OWN_LOSS)
-    prepared = forcing.living_on_device(reference.config(fast_path / "run", ROWS, ROWS), model, rest="cpu")
+    want = reference.train(model, batches, ROWS, takes_total=name not in zoo.OWN_LOSS, max_grad_norm=limit)
+    cfg = reference.config(fast_path / "run", ROWS, ROWS, **{"train.max_grad_norm": limit})
+    prepared = forcing.living_on_device(cfg, model, rest="cpu")
     with Engine.create(prepared.config, prepared=prepared) as engine:
         assert_same(run(engine, batches), want)
 
@@ -102,6 +106,83 @@ def test_frozen_weights_lie_beside_the_trained_ones(fast_path: Path) -> None:
     with Engine.create(prepared.config, prepared=prepared) as engine:
         assert on_device(engine) == [f"model.layers.{i}" for i in range(4)]
         assert_same(run(engine, batches), want)
+
+
+def test_trials_of_the_other_units(fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units in the store are updated in backward, and some of that is taken back; those on the device never are."""
+    monkeypatch.setattr(full_step, "TRIAL_AFTER", 1)
+    model = zoo.make("llama")
+    batches = zoo.batches("llama", 6, ROWS)
+    loose = reference.train(model, batches, ROWS, max_grad_norm=None, steps=6)
+    limit = sorted(loose.norms)[4]
+    want = reference.train(model, batches, ROWS, max_grad_norm=limit, steps=6)
+    assert sum(n > limit for n in want.norms) in (1, 2)
+    changes = {"train.max_grad_norm": limit, "train.commit_every": 1, "train.steps": 6}
+    cfg = reference.config(fast_path / "run", ROWS, ROWS, **changes)
+    prepared = forcing.living_on_device(cfg, model, FIRST)
+    with Engine.create(prepared.config, prepared=prepared) as engine:
+        assert_same(run(engine, batches), want)
+    with offload.resume(fast_path / "run") as engine:
+        assert all(torch.equal(p, want.weights[name]) for name, p in reference.weights(engine).items())
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("bfloat16", None), ("float32", reference.NORM)])
+def test_roles_larger_than_a_chunk_buffer(dtype: str, limit: float | None, fast_path: Path) -> None:
+    """An embedding of 3.2 million elements passes through the buffers piece by piece, when it is due and when asked."""
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "vocab_size": 25_000}
+    model = zoo.make("llama", **shape, attention_dropout=0.0)
+    batches = zoo.batches("llama", 3, 2, length=8)
+    want = reference.train(model, batches, 1, max_grad_norm=limit, dtype=getattr(torch, dtype), steps=3)
+    changes = {"model.dtype": dtype, "train.max_grad_norm": limit, "train.commit_every": 2, "train.steps": 3}
+    cfg = reference.config(fast_path / "run", 1, 2, **changes)
+    prepared = forcing.living_on_device(cfg, model, FIRST[:1], rest="cpu")
+    with Engine.create(prepared.config, prepared=prepared) as engine:
+        losses = run(engine, batches[:1]).losses
+        assert engine.commit() == 1
+        got = run(engine, batches[1:])
+        assert losses + got.losses == want.losses
+        assert engine.ledger.peak("gpu") <= engine.plan.peak_bytes["gpu"]
+    with offload.resume(fast_path / "run") as engine:
+        assert all(torch.equal(p, want.weights[name]) for name, p in reference.weights(engine).items())
+
+
+@pytest.mark.parametrize(("limit", "part"), [(None, "write"), (reference.NORM, "copy")])
+def test_a_commit_that_cannot_be_written(
+    limit: float | None, part: str, fast_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next steps hear of it, nothing hangs, and the run goes on from the commit before."""
+    model = zoo.make("llama")
+    batches = zoo.batches("llama", reference.STEPS, ROWS)
+    want = reference.train(model, batches, ROWS, max_grad_norm=limit)
+    changes = {"train.max_grad_norm": limit, "train.commit_every": 1}
+    cfg = reference.config(fast_path / "run", ROWS, ROWS, **changes)
+    prepared = forcing.living_on_device(cfg, model, FIRST)
+
+    with pytest.raises(OSError, match="no more"):  # noqa: SIM117
+        with Engine.create(prepared.config, prepared=prepared) as engine:
+            for batch in batches[:2]:
+                engine.step(batch)
+            engine.flush()
+            write, copy_now = engine.store.write, engine._held.device.copy
+
+            def refuse(*arguments: Any, **options: Any) -> Any:
+                if part == "write" and arguments[0] != "0/exp_avg":
+                    return write(*arguments, **options)
+                if part == "copy" and threading.current_thread().name != "optimizer":
+                    return copy_now(*arguments)
+                raise OSError("no more")
+
+            target, name = (engine.store, "write") if part == "write" else (engine._held.device, "copy")
+            monkeypatch.setattr(target, name, refuse)
+            for batch in batches[2:]:
+                engine.step(batch)
+            engine.flush()
+    monkeypatch.undo()
+    with offload.resume(fast_path / "run") as engine:
+        assert engine.completed_steps == 2
+        for batch in batches[2:]:
+            engine.step(batch)
+        assert all(torch.equal(p, want.weights[name]) for name, p in reference.weights(engine).items())
 
 
 @pytest.mark.parametrize("limit", [None, reference.NORM])

@@ -75,10 +75,12 @@ def rates(case: Case) -> dict[str, Any]:
         found.append(2 * size**3 / (time.perf_counter() - begin))
     from offload.planner import probe
 
-    hardware = probe(case.device, refresh=True)
+    from offload import rates
+
+    hardware = probe(case.device, refresh=True, adamw_device=lambda: rates.adamw_on_device(case.device))
     return {
         "matrix_flops": sorted(found[3:])[5], "matrix_flops_all": found[3:], "h2d": hardware.h2d, "d2h": hardware.d2h,
-        "link_duplex": hardware.link_duplex,
+        "link_duplex": hardware.link_duplex, "adamw_device": hardware.adamw_device,
     }  # fmt: skip
 
 
