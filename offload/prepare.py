@@ -105,7 +105,8 @@ def prepare(cfg: Config, model: nn.Module | None = None, hardware: Hardware | No
     if hardware is None:
         optimizer = partial(rates.adamw, threads=optimizer_threads(device))
         paths = [Path(p.path) for p in cfg.store_paths()]
-        on_device = partial(rates.adamw_on_device, device)
+        # On a CPU no unit lives on the device: its memory is RAM, and the copies that would be spared are cheap.
+        on_device = rates.adamw_on_device if device == "cuda" else None
         measured = probe(device, paths, adamw=optimizer, adamw_device=on_device)
         hardware = rates.with_known_bits(measured, device)
     tiers = host_tiers(cfg.memory.cxl, here)

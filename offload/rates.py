@@ -10,7 +10,7 @@ import torch
 
 from offload import device_adamw
 from offload.adamw import Hyper, Kernel
-from offload.device import compute_threads, limit_lane_threads
+from offload.device import limit_lane_threads
 from offload.planner import Hardware
 from offload.state import CHUNK_ELEMENTS
 
@@ -24,9 +24,10 @@ def adamw(dtype: str, threads: int = 1) -> float:
         return lane.submit(_measure, dtype, threads).result()
 
 
-def adamw_on_device(device: str) -> float:
-    """Parameters per second of AdamW where compute runs, on the split state; 0 where its bits are not the CPU's."""
-    return adamw("bfloat16", compute_threads()) if device == "cpu" else device_adamw.rate(_cuda())
+def adamw_on_device() -> float:
+    """Parameters per second of AdamW on the current CUDA device, on the split state; 0 where its bits are not the
+    CPU's."""
+    return device_adamw.rate(_cuda())
 
 
 def with_known_bits(hardware: Hardware, device: str) -> Hardware:

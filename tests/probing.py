@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,11 @@ def measure_by_file_system(patch: Callable[[Any, str, Any], None] = setattr) -> 
     """From here on this process, and those forked from it, plan with the rates measured at `SHARED`.
 
     For store paths on the same file system, that is: others are measured themselves. The rates are really measured, and
-    cached as a user's are, for these two directories. But no unit may live on the device, where most of these small
-    models would lie otherwise: what streams them is what is to be tested.
+    cached as a user's are, for these two directories.
     """
 
-    def shared(device: str, paths: Sequence[Path], **optimizers: Callable[..., float]) -> Hardware:
-        return replace(probe(device, [_stand_in(path) for path in paths], **optimizers), adamw_device=0.0)
+    def shared(device: str, paths: Sequence[Path], **optimizers: Callable[..., float] | None) -> Hardware:
+        return probe(device, [_stand_in(path) for path in paths], **optimizers)
 
     patch(offload.prepare, "probe", shared)
 

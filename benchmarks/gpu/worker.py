@@ -77,7 +77,7 @@ def rates(case: Case) -> dict[str, Any]:
 
     from offload import rates
 
-    hardware = probe(case.device, refresh=True, adamw_device=lambda: rates.adamw_on_device(case.device))
+    hardware = probe(case.device, refresh=True, adamw_device=rates.adamw_on_device if cuda else None)
     return {
         "matrix_flops": sorted(found[3:])[5], "matrix_flops_all": found[3:], "h2d": hardware.h2d, "d2h": hardware.d2h,
         "link_duplex": hardware.link_duplex, "adamw_device": hardware.adamw_device,
