@@ -219,11 +219,6 @@ def optimizer_threads(device: str) -> int:
     return 1 if device == "cpu" else max(1, min(_MOST_OPTIMIZER_THREADS, len(os.sched_getaffinity(0)) - _OTHER_LANES))
 
 
-def compute_threads() -> int:
-    """How many threads an update takes where compute runs on the CPU: each keeps some scratch."""
-    return min(_MOST_OPTIMIZER_THREADS, torch.get_num_threads())
-
-
 def limit_lane_threads() -> None:
     """Give the calling lane thread one OpenMP thread, so that lanes do not each grow a pool beside compute's, and let
     it yield to compute (`yield_to_compute`).
@@ -237,15 +232,12 @@ def limit_lane_threads() -> None:
 
 @contextmanager
 def lane_threads(count: int) -> Iterator[None]:
-    """So many OpenMP threads for the calling thread inside the body, and as many as before after it: the main thread's
-    number decides how it rounds."""
-    openmp = _openmp()
-    before = 1 if openmp is None else openmp.omp_get_max_threads()
+    """So many OpenMP threads for the calling lane thread inside the body."""
     _set_openmp_threads(count)
     try:
         yield
     finally:
-        _set_openmp_threads(before)
+        _set_openmp_threads(1)
 
 
 def _set_openmp_threads(count: int) -> None:

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from offload import adamw_jit
 from offload.adamw import Chunk, Hyper, Piece
-from offload.planner.memory import DEVICE_CHUNK, DEVICE_SCRATCH
+from offload.planner.memory import DEVICE_SCRATCH
 
-SCRATCH_BYTES = DEVICE_CHUNK * DEVICE_SCRATCH
 # Parameters of one measurement of the rate, and how often it is taken.
 _TIMED_ELEMENTS = 4 << 20
 _TIMED_REPEATS = 5
@@ -171,7 +170,7 @@ def _split(master: Tensor, weight: Tensor, low: Tensor, exp_avg_sq: Tensor, scra
 def find(device: torch.device) -> Form | None:
     """The form that gives the bits of the CPU on this device, None if none does; tried once per process."""
     forms = [Form(lanes, single) for single in (True, False) for lanes in adamw_jit.LANES]
-    scratch = torch.empty(SCRATCH_BYTES, dtype=torch.uint8, device=device)
+    scratch = torch.empty(DEVICE_SCRATCH, dtype=torch.uint8, device=device)
     return next((form for form in forms if _equal_bits(DeviceAdamW(form, scratch), device)), None)
 
 
@@ -186,7 +185,7 @@ def rate(device: torch.device) -> float:
     form = find(device)
     if form is None:
         return 0.0
-    kernel = DeviceAdamW(form, torch.empty(SCRATCH_BYTES, dtype=torch.uint8, device=device))
+    kernel = DeviceAdamW(form, torch.empty(DEVICE_SCRATCH, dtype=torch.uint8, device=device))
     n, zeros = _TIMED_ELEMENTS, functools.partial(torch.zeros, _TIMED_ELEMENTS, device=device)
     chunk = Chunk(zeros(dtype=torch.bfloat16), zeros(dtype=torch.int16), zeros(dtype=torch.bfloat16), zeros(), zeros())
     best = math.inf

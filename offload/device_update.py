@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from offload import device_adamw
-from offload.adamw import Chunk, Hyper, Kernel
-from offload.device import Device, compute_threads
+from offload.adamw import Chunk, Hyper
+from offload.device import Device
 from offload.errors import OffloadError
 from offload.state import UnitState, role_dtype
 from offload.trace import Trace
@@ -27,8 +27,7 @@ class DeviceUpdates:
     """Updates units on the device, and has the optimizer lane write them where a step is to be committed.
 
     Args:
-        scratch: memory of the device's kernel; None on a CPU, which has the optimizer's own kernel on all threads
-            (but in tests of the other one).
+        scratch: memory of the kernel; None where no unit lives on the device.
         timeout: seconds that an update waits for an earlier state to be copied away.
     """
 
@@ -49,14 +48,7 @@ class DeviceUpdates:
         self._trace = trace
         self._timeout = timeout
         self._leaving: dict[int, Future[None]] = {}  # state that is copied away for a commit
-        self._host: Kernel | None = None
-        self._kernel: device_adamw.DeviceAdamW | None = None
-        if not self._states:
-            return
-        if scratch is None and device.in_host_memory:
-            self._host = Kernel(compute_threads())
-        else:
-            self._kernel = _kernel(scratch)
+        self._kernel = None if scratch is None else _kernel(scratch)
 
     def has(self, unit: Unit) -> bool:
         """Whether the unit lives on the device."""
@@ -85,14 +77,9 @@ class DeviceUpdates:
             for slot in unit.layout.params
             if slot.trainable and slot.name in present
         ]
-        chunk = self._chunk(state, gradient)
+        assert self._kernel is not None
         with self._trace.span("compute", f"update of {unit.name}"):
-            if self._kernel is not None:
-                self._kernel.part(chunk, pieces, hyper)
-            elif self._host is not None:
-                self._host.step(
-                    chunk.param, chunk.low, chunk.grad, chunk.exp_avg, chunk.exp_avg_sq, pieces, hyper
-                )  # fmt: skip
+            self._kernel.part(self._chunk(state, gradient), pieces, hyper)
 
     def write(self, unit: Unit, hyper: Hyper, waited: bool = False) -> None:
         """Write the unit's state to the store for this step's commit, as it is when what was launched is done; a lane
@@ -103,11 +90,6 @@ class DeviceUpdates:
         self._leaving[unit.index] = lent.filled
         self._updates.submit(unit, set(), {}, hyper, durable=True, lent=lent)
 
-    def close(self) -> None:
-        """Stop the kernel's threads."""
-        if self._host is not None:
-            self._host.close()
-
     def _chunk(self, state: UnitState, gradient: Tensor) -> Chunk:
         """All of a unit as one chunk."""
         home = state.on_device
@@ -117,9 +99,9 @@ class DeviceUpdates:
         return Chunk(view["param"], view.get("master"), summed, view["exp_avg"], view["exp_avg_sq"])
 
 
-def _kernel(scratch: Tensor | None) -> device_adamw.DeviceAdamW:
-    form = None if scratch is None else device_adamw.find(scratch.device)
-    if scratch is None or form is None:
+def _kernel(scratch: Tensor) -> device_adamw.DeviceAdamW:
+    form = device_adamw.find(scratch.device)
+    if form is None:
         raise OffloadError(
             "the plan updates units on the device, where AdamW does not give the bits of the CPU's (checked just now); "
             "plan the run again on this machine"

@@ -103,7 +103,6 @@ class FullStep:
             held.states.units, held.gradient_dtype, held.device_scratch, held.device, self._updates, self._trace,
             TIMEOUT,
         )  # fmt: skip
-        stack.callback(self._on_device.close)
         self._gradients = GradientStream(
             held.states.units, held.gradient_slots, held.landing, held.gradient_dtype, held.device,
             self._clips, self._update_landed, self._trace, TIMEOUT,
@@ -336,7 +335,8 @@ class FullStep:
 
     def _update_clipped(self, gradients: dict[int, UnitGradient], coefficient: Tensor | None) -> None:
         """Decide the trials, and hold the other updates for the next forward, which starts each when its unit has a
-        slot. Units without a trial, and all if the trials are taken back, are among the others."""
+        slot. Units without a trial, and all if the trials are taken back, are among the others; but those that live on
+        the device are updated at once."""
         unclipped = coefficient is None
         self._unclipped_steps = self._unclipped_steps + 1 if unclipped else 0
         tried: set[int] = set()
@@ -350,8 +350,8 @@ class FullStep:
                 self._lent.clear()
             self._trial.set_result(unclipped)
         first_use = {index: i for i, index in reversed(list(enumerate(self._visits[True])))}
-        in_order = [self._units[i] for i in sorted(gradients, key=lambda i: first_use.get(i, -1)) if i not in tried]
-        order = [unit for unit in in_order if not self._on_device.has(unit)]
+        in_order = [self._units[i] for i in sorted(gradients, key=lambda i: first_use.get(i, -1))]
+        order = [unit for unit in in_order if unit.index not in tried and not self._on_device.has(unit)]
         for unit in order:
             gradient = gradients[unit.index]
             self._updates.defer(

@@ -59,7 +59,7 @@ class Resources:
     staging: Ring
     landing: Ring | None  # None where the device is host memory, and without gradients
     update: Ring
-    device_scratch: Tensor | None  # of AdamW on CUDA
+    device_scratch: Tensor | None  # of AdamW on the device
     activation_tiers: dict[str, Tier]
     activation_staging: list[Tensor]
     kept_room: int

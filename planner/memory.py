@@ -31,8 +31,7 @@ STAGING_IN_PLACE = (2, 4 * MIB)  # count and bytes (a block of the store) where 
 # activations go to it
 CHUNK_ELEMENTS = 2 * MIB  # elements of one optimizer chunk
 UPDATE_COUNT = 3  # read ahead, update, write behind
-DEVICE_CHUNK = 1 * MIB  # elements that AdamW on a GPU updates at one time, ...
-DEVICE_SCRATCH = 20  # ... and the bytes of intermediate values that it has for each
+DEVICE_SCRATCH = 20 * MIB  # of AdamW where units live on the device: 20 bytes for each of a million elements at a time
 # What a run's process has beyond its footprint: what planning leaves (17 MiB on one machine, up to 50 on another, most
 # of which a run uses again), libraries loaded late (15 MiB), kernels that oneDNN compiled and their scratch, stacks and
 # heaps of threads, and objects of tape, trace and requests. Between steps of four families it was 25 to 47 MiB.
@@ -102,7 +101,7 @@ def reserve(w: Workload, block_slots: int = 2, choice: Choice | None = None) -> 
     in the gpu tier; staging, landing (cuda only), update in the cpu tier. A unit uses the "large" slots exactly if
     `is_large`.
     Of each unit that lives on the device state.<unit> (`device_home`), which it has in place of weight slots, and with
-    clipping gradients.held/<unit>; and once update.device (cuda only), the scratch of AdamW there.
+    clipping gradients.held/<unit>; and once update.device, the scratch of AdamW there.
     With activations off the device also activations.cpu, .cxl, .nvme (all such bytes alive at once) and
     activations.staging (gpu: the largest (unit, micro-batch) on its way back; one in use, one prefetched). Where the
     device is a CPU, activations.kept (gpu) for the inner activations that stay on it.
@@ -158,13 +157,8 @@ def _device_slots(w: Workload, block_slots: int, on_device: frozenset[int]) -> l
         *(Buffers(f"gradients.held/{u.name}", "gpu", 1, round_up(gradient_bytes(u, w))) for u in held),
         Buffers("resident", "gpu", 1, resident),
         *(Buffers(f"state.{u.name}", "gpu", 1, device_home(u, w)) for u in there),
-        Buffers("update.device", "gpu", 1, device_scratch(w) if there else 0),
+        Buffers("update.device", "gpu", 1, DEVICE_SCRATCH if there else 0),
     ]
-
-
-def device_scratch(w: Workload) -> int:
-    """Bytes reserved once for AdamW on the device; on a CPU they are the framework's."""
-    return DEVICE_CHUNK * DEVICE_SCRATCH if w.device == "cuda" else 0
 
 
 def _staging(w: Workload, choice: Choice | None) -> tuple[int, int]:

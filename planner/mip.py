@@ -18,9 +18,9 @@ from offload.planner.activation_bytes import forward_workspace, kept_room, kept_
 from offload.planner.activations import can_choose, shares
 from offload.planner.choice import Choice, UnitChoice, may_live_on_device, nothing_in_ram, to_device
 from offload.planner.memory import (
+    DEVICE_SCRATCH,
     FRAMEWORK_MARGIN,
     device_home,
-    device_scratch,
     filled_bytes,
     is_large,
     moments,
@@ -187,7 +187,7 @@ class _Model:
             return None
         there = self._binary("any_there")
         self.problem += pulp.lpSum(g.there for g in found) <= sum(len(g.members) for g in found) * there
-        self._take("gpu", device_scratch(self.w), there)
+        self._take("gpu", DEVICE_SCRATCH, there)
         return there
 
     def _slots(self) -> None:

@@ -12,12 +12,10 @@ import pytest
 import reference
 import torch
 import zoo
-from offload.planner import memory
 from torch import nn
 
 import offload
 from offload import full_step
-from offload.device_adamw import SCRATCH_BYTES
 from offload.device_home import DeviceHome
 from offload.engine import Engine
 from offload.errors import OffloadError
@@ -71,28 +69,13 @@ def test_equal_to_plain_pytorch(
 @pytest.mark.parametrize("limit", [None, reference.NORM])
 @pytest.mark.parametrize("name", ["gpt2", "qwen3_moe", "gemma3_text", "bert"])
 def test_other_architectures(name: str, limit: float | None, fast_path: Path) -> None:
-    """A tied embedding, experts, layers of two kinds, an encoder; everything there that may be."""
+    """A tied embedding, experts, layers of two kinds, an encoder; all there that may be, and nothing on the SSD."""
     model = zoo.make(name)
     batches = zoo.batches(name, reference.STEPS, ROWS)
     want = reference.train(model, batches, ROWS, takes_total=name not in zoo.OWN_LOSS, max_grad_norm=limit)
     cfg = reference.config(fast_path / "run", ROWS, ROWS, **{"train.max_grad_norm": limit})
     prepared = forcing.living_on_device(cfg, model, rest="cpu")
     with Engine.create(prepared.config, prepared=prepared) as engine:
-        assert_same(run(engine, batches), want)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_with_the_kernel_of_a_gpu(dtype: str, fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stock operations in scratch memory, as on CUDA, instead of the CPU's kernel; with nothing on the SSD, chunk
-    buffers are as small as they get."""
-    monkeypatch.setattr(memory, "device_scratch", lambda w: SCRATCH_BYTES)
-    model = zoo.make("llama")
-    batches = zoo.batches("llama", reference.STEPS, ROWS)
-    want = reference.train(model, batches, ROWS, dtype=getattr(torch, dtype))
-    cfg = reference.config(fast_path / "run", ROWS, ROWS, **{"model.dtype": dtype})
-    prepared = forcing.living_on_device(cfg, model, rest="cpu")
-    with Engine.create(prepared.config, prepared=prepared) as engine:
-        assert engine._method._on_device._kernel is not None  # type: ignore[union-attr]
         assert_same(run(engine, batches), want)
 
 
@@ -264,21 +247,6 @@ def test_state_leaves_before_the_next_update(fast_path: Path, monkeypatch: pytes
         engine.flush()
     with offload.resume(fast_path / "run") as engine:
         assert all(torch.equal(p, want.weights[name]) for name, p in reference.weights(engine).items())
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_updates_leave_the_number_of_threads_as_it_is(dtype: str, fast_path: Path) -> None:
-    """Matrix products round as their number of threads has it: an update on the compute lane must not change that, nor
-    while the compiled kernel is not there yet."""
-    cfg = reference.config(fast_path / "run", ROWS, ROWS, **{"model.dtype": dtype, "train.max_grad_norm": None})
-    prepared = forcing.living_on_device(cfg, zoo.make("llama"))
-    with Engine.create(prepared.config, prepared=prepared) as engine:
-        host = engine._method._on_device._host  # type: ignore[union-attr]
-        host.wait()
-        host._jit = None
-        before = torch.get_num_threads()
-        engine.step(zoo.batches("llama", 1, ROWS)[0])
-        assert torch.get_num_threads() == before
 
 
 def test_a_buffer_that_is_too_small_is_refused() -> None:

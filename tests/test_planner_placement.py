@@ -15,7 +15,7 @@ from offload.planner import Budgets, Hardware, UnitProfile, Workload, make_plan
 from offload.planner.activations import can_choose
 from offload.planner.choice import Choice, may_live_on_device, nothing_in_ram, to_device
 from offload.planner.decide import decide, greedy
-from offload.planner.memory import device_home, device_scratch
+from offload.planner.memory import DEVICE_SCRATCH, device_home
 from offload.planner.mip import solve
 from offload.planner.placement import ROLES, Problem
 from offload.planner.solver import SolverFailed
@@ -60,7 +60,7 @@ def with_device(p: Problem, seed: int) -> Problem:
     flops = dict.fromkeys(MACHINE.matrix_flops, rng.choice([1e13, 5e14, 5e14]))
     hw = replace(MACHINE, adamw_device=rng.choice([1e8, 2e9, 1e10]), matrix_flops=flops)
     homes = sum(device_home(u, p.w) + gradient_home(u, p.w) for u in p.w.units)
-    more = device_scratch(p.w) + int(homes * rng.uniform(0.2, 1.1))
+    more = DEVICE_SCRATCH + int(homes * rng.uniform(0.2, 1.1))
     cpu = p.budgets.cpu + (more if p.w.device == "cpu" else 0)
     return replace(p, hw=hw, budgets=replace(p.budgets, gpu=p.budgets.gpu + more, cpu=cpu))
 
