@@ -11,6 +11,7 @@ import forcing
 import pytest
 import reference
 import torch
+import toys
 import zoo
 from torch import nn
 
@@ -226,27 +227,72 @@ def test_what_is_asked_for_between_steps(fast_path: Path) -> None:
         assert all(torch.equal(p, want.weights[name]) for name, p in reference.weights(engine).items())
 
 
-def test_state_leaves_before_the_next_update(fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each step is committed, and copies of the state off the device are slow: the next update waits for them."""
+@pytest.mark.parametrize("limit", [None, reference.NORM])
+def test_state_leaves_before_the_next_update(
+    limit: float | None, fast_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies of the state off the device are slow: the next step's update waits for those of the commit before.
+
+    The last norm is frozen: the step would wait for its weights, whose update is behind the copies.
+    """
     model = zoo.make("llama")
-    batches = zoo.batches("llama", 3, ROWS)
-    want = reference.train(model, batches, ROWS, max_grad_norm=None)
-    cfg = reference.config(fast_path / "run", ROWS, ROWS, **{"train.max_grad_norm": None, "train.commit_every": 1})
-    prepared = forcing.living_on_device(cfg, model)
-    with Engine.create(prepared.config, prepared=prepared) as engine:
-        copy_now = engine._held.device.copy
+    model.model.norm.weight.requires_grad_(False)
+    batches = zoo.batches("llama", 4, ROWS)
+    want = reference.train(model, batches[:2], ROWS, max_grad_norm=limit)
+    changes = {"train.max_grad_norm": limit, "train.commit_every": 2}
+    cfg = reference.config(fast_path / "run", ROWS, ROWS, **changes)
+    prepared, again = (forcing.living_on_device(cfg, model) for _ in range(2))
+    with pytest.raises(OffloadError, match="nothing of this step is committed"):  # noqa: SIM117
+        with Engine.create(prepared.config, prepared=prepared) as engine:
+            copy_now = engine._held.device.copy
 
-        def slowly(target: torch.Tensor, source: torch.Tensor) -> None:
-            time.sleep(0.02)
-            copy_now(target, source)
+            def slowly(target: torch.Tensor, source: torch.Tensor) -> None:
+                time.sleep(0.05)
+                copy_now(target, source)
 
-        monkeypatch.setattr(engine._held.device, "copy", slowly)
-        for batch in batches:
-            engine.step(batch)
-        monkeypatch.undo()
-        engine.flush()
-    with offload.resume(fast_path / "run") as engine:
+            monkeypatch.setattr(engine._held.device, "copy", slowly)
+            for batch in batches[:3]:
+                engine.step(batch)
+            engine.flush()
+            make_nan(engine.model)
+            engine.step(batches[3])
+    with Engine.resume(fast_path / "run", prepared=again) as engine:
+        assert engine.completed_steps == 2
         assert all(torch.equal(p, want.weights[name]) for name, p in reference.weights(engine).items())
+
+
+@pytest.mark.parametrize("limit", [None, reference.NORM])
+def test_a_unit_without_gradient_is_part_of_a_commit(limit: float | None, fast_path: Path) -> None:
+    """Updated in steps that are not committed (the first one's learning rate is 0), passed over in the one that is."""
+
+    def some(model: nn.Module, hidden: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
+        for i, layer in enumerate(model.layers):
+            if i != 1 or skip is None or not skip.any():
+                hidden = layer(hidden)
+        return hidden
+
+    model = toys.make(around=some)
+    batches = [
+        {**batch, "skip": torch.full((ROWS,), i == 2)} for i, batch in enumerate(toys.batches(4, ROWS))
+    ]  # fmt: skip
+    want = reference.train(model, batches[:3], ROWS, takes_total=False, max_grad_norm=limit)
+    changes = {"train.max_grad_norm": limit, "train.commit_every": 3}
+    cfg = reference.config(fast_path / "run", ROWS, ROWS, **changes)
+    prepared, again = (forcing.living_on_device(cfg, model) for _ in range(2))
+    with pytest.raises(RuntimeError, match="stop here"):  # noqa: SIM117
+        with Engine.create(prepared.config, prepared=prepared) as engine:
+            for batch in batches[:3]:
+                engine.step(batch)
+            engine.flush()
+            engine.model.lm_head.register_forward_hook(stop)
+            engine.step(batches[3])
+    with Engine.resume(fast_path / "run", prepared=again) as engine:
+        assert engine.completed_steps == 3
+        assert all(torch.equal(p, want.weights[name]) for name, p in reference.weights(engine).items())
+
+
+def stop(*arguments: Any) -> None:
+    raise RuntimeError("stop here")
 
 
 def test_a_buffer_that_is_too_small_is_refused() -> None:
